@@ -1,0 +1,1 @@
+"""The strategies, one file each. They enter qft by name, through the same door as third parties'."""

@@ -1,0 +1,150 @@
+"""What every strategy built on PEFT shares: attach, save and load, in PEFT's own folder format.
+
+A folder written here opens with plain ``peft.PeftModel.from_pretrained``, and one that PEFT wrote
+elsewhere opens here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qft.errors import AdapterError, RecipeError
+from qft.strategy import Context, Strategy
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from torch import Tensor, nn
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER = "default"  # the adapter name PEFT's own get_peft_model uses
+_PREFIX = "base_model.model."
+
+
+class PeftStrategy(Strategy):
+    """A strategy whose method PEFT implements; a subclass writes its settings and `peft_config`."""
+
+    def peft_config(self, model: nn.Module, context: Context) -> PeftConfig:
+        """The method's PEFT config for this model."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module, context: Context) -> nn.Module:
+        """Freezes the model and adds the adapter."""
+        from peft import get_peft_model
+
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        try:
+            wrapped: nn.Module = get_peft_model(model, self.peft_config(model, context))  # type: ignore[arg-type]
+        except ValueError as error:
+            raise RecipeError(
+                f"The strategy {self.name!r} does not fit this model.",
+                where="strategy",
+                found=str(error).splitlines()[0][:300],
+                fix="targets: all-linear",
+            ) from error
+        return wrapped
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes adapter_config.json and adapter_model.safetensors."""
+        # PEFT would ask the hub whether the vocabulary has changed; nothing here changes it
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        (folder / "README.md").unlink(missing_ok=True)  # a model card template, all of it blanks
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Loads the tensors; a missing, surplus or misshapen one is an error."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        tensors = read_tensors(folder)
+        expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+        compare_tensors(tensors, expected, folder)
+        set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The classification head's modules: what hangs beside the base model and has parameters."""
+    prefix = getattr(model, "base_model_prefix", "")
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [
+        name
+        for name, child in model.named_children()
+        if name != prefix and child is not output and any(True for _ in child.parameters())
+    ]
+
+
+def read_config(folder: Path, peft_type: str) -> dict[str, Any] | None:
+    """PEFT's adapter config if it is of ``peft_type``, else None.
+
+    Raises:
+        AdapterError: the file is there and cannot be read.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(
+            "The adapter's config cannot be read.", where=path, found=error
+        ) from None
+    if not isinstance(values, dict) or values.get("peft_type") != peft_type:
+        return None
+    return values
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's names.
+
+    Raises:
+        AdapterError: the file is missing, broken or a pickle.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        raise AdapterError(
+            "The adapter's weights are a pickle, which can run any code when it is loaded."
+            if pickled
+            else "The adapter folder holds no weights.",
+            where=folder,
+            fix="save the adapter again as safetensors" if pickled else f"it needs {WEIGHTS_FILE}",
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError("The adapter's weights are broken.", where=path, found=error) from None
+
+
+def compare_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Raises AdapterError where names or shapes differ: the adapter is for another base."""
+    missing = sorted(set(expected) - set(found))
+    surplus = sorted(set(found) - set(expected))
+    shapes = sorted(
+        f"{name} {tuple(found[name].shape)}, here {tuple(expected[name].shape)}"
+        for name in set(expected) & set(found)
+        if found[name].shape != expected[name].shape
+    )
+    for problem, names in (
+        ("has not", missing),
+        ("has and this model has not", surplus),
+        ("holds in another shape", shapes),
+    ):
+        if names:
+            raise AdapterError(
+                "The adapter was made for another base model.",
+                where=folder,
+                found=f"{len(names)} tensor(s) it {problem}, first {names[0]}",
+                fix="name the base model it was trained on",
+            )
+
+
+def module_name(tensor_name: str) -> str:
+    """PEFT's tensor name without its wrapper's prefix."""
+    return tensor_name.removeprefix(_PREFIX)

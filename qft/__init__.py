@@ -1,0 +1,53 @@
+"""qft: fine-tune language models that almost do not fit, and prove that the result works.
+
+Everything the command line does is one call here; nothing heavy is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qft import export
+    from qft.errors import QftError
+    from qft.export.delivery import merge
+    from qft.opening import open_any
+    from qft.preparation import prepare, unprepare
+    from qft.recipe import Recipe, build_recipe, load_recipe
+    from qft.training import train
+
+_HOMES = {
+    "QftError": "qft.errors",
+    "Recipe": "qft.recipe",
+    "build_recipe": "qft.recipe",
+    "load_recipe": "qft.recipe",
+    "merge": "qft.export.delivery",
+    "open_any": "qft.opening",
+    "prepare": "qft.preparation",
+    "train": "qft.training",
+    "unprepare": "qft.preparation",
+}
+
+__all__ = [
+    "QftError",
+    "Recipe",
+    "build_recipe",
+    "export",
+    "load_recipe",
+    "merge",
+    "open_any",
+    "prepare",
+    "train",
+    "unprepare",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "export":  # a package that can be called
+        return importlib.import_module("qft.export")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'qft' has no attribute {name!r}")

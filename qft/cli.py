@@ -1,0 +1,413 @@
+"""The command line. Each verb is one call of the Python API; heavy imports wait until then."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qft.errors import Interrupted, QftError
+
+if TYPE_CHECKING:
+    from qft.progress import Reporter
+
+app = typer.Typer(
+    name="qft",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune language models that almost do not fit, and prove that the result works.",
+)
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="The base model, if it is not where it was.")
+]
+Named = Annotated[
+    str | None,
+    typer.Option("--strategy", help="A third party's strategy; its code is imported."),
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
+Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Load .bin weights.")]
+RemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python files of the model's own.")
+]
+
+
+def main() -> None:
+    """The console script: deliberate errors become one message and their exit code."""
+    try:
+        app(standalone_mode=True)
+    except QftError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail(Interrupted("Interrupted.", fix="for a training: the same command with --resume"))
+
+
+def _fail(error: QftError) -> None:
+    print(f"error: {error.text()}", file=sys.stderr)
+    raise SystemExit(error.exit_code) from None
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("qft-demo"),
+    seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """The whole main job, offline, in about two minutes on a CPU."""
+    from qft.demo.job import run_demo
+
+    result = run_demo(out, seed=seed, reporter=_reporter(quiet, as_json))
+    _print(result, as_json, lambda: None)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, for example train.epochs=1.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest complete checkpoint.")
+    ] = False,
+    resume_from: Annotated[
+        str | None, typer.Option("--resume-from", help="Go on from this checkpoint.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, and stop.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune what a recipe says; `qft recipe` lists every knob."""
+    from qft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        _print(loaded.to_dict(), as_json, lambda: print(loaded.to_yaml(), end=""))
+        return
+    from qft.training import train as run
+
+    result = run(
+        loaded,
+        resume=resume_from or resume,
+        overwrite=overwrite,
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(result.report, as_json, lambda: print(result.folder))
+
+
+@app.command("eval")
+def evaluate(
+    source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows; a run knows its own held-out ones.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="text, instruct, chat or classify.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only this many rows.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="role=name, for example text=0.")
+    ] = None,
+    too_long: Annotated[str, typer.Option(help="error, truncate or drop.")] = "error",
+    base: Base = None,
+    strategy: Named = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Metrics of any model on held-out rows."""
+    from qft.scoring import score
+
+    metrics = score(
+        source,
+        data=data,
+        task=task,
+        max_length=max_length,
+        limit=limit,
+        columns=_columns(column),
+        too_long=too_long,
+        base=base,
+        strategy=strategy,
+        trust=_trust(allow_pickle, trust_remote_code),
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(metrics, as_json, lambda: _table(metrics))
+
+
+@app.command()
+def generate(
+    source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be repeated.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Without the chat template.")] = False,
+    base: Base = None,
+    strategy: Named = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> None:
+    """Text from any model."""
+    from qft.generation import generate as run
+    from qft.opening import open_any
+
+    opened = open_any(
+        source, base=base, strategy=strategy, trust=_trust(allow_pickle, trust_remote_code)
+    )
+    chat = not raw and opened.task in ("chat", "instruct")
+    texts = run(
+        opened.model,
+        opened.tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        chat=chat,
+    )
+    rows = [{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)]
+    _print(rows, as_json, lambda: _plain_texts(texts))
+
+
+@app.command()
+def chat(
+    source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many a turn.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    base: Base = None,
+    strategy: Named = None,
+) -> None:
+    """Talk to any model; an empty line or Ctrl-D ends it."""
+    from qft.generation import stream_chat
+    from qft.opening import open_any
+
+    opened = open_any(source, base=base, strategy=strategy)
+    messages = [{"role": "system", "content": system}] if system else []
+    while True:
+        try:
+            said = input("you: ").strip()
+        except EOFError:
+            break
+        if not said:
+            break
+        messages.append({"role": "user", "content": said})
+        print("model: ", end="", flush=True)
+        parts = []
+        for part in stream_chat(
+            opened.model,
+            opened.tokenizer,
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        ):
+            parts.append(part)
+            print(_printable(part), end="", flush=True)
+        print()
+        messages.append({"role": "assistant", "content": "".join(parts)})
+
+
+@app.command()
+def merge(
+    source: Annotated[str, typer.Argument(help="A run, a checkpoint or an adapter folder.")],
+    out: Out,
+    base: Base = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; else the base's own.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare with the adapter on held-out rows.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to compare on; a run knows its own.")
+    ] = None,
+    strategy: Named = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Fold an adapter into its base, streamed tensor by tensor."""
+    from qft.export.delivery import merge as run
+
+    report = run(
+        source,
+        out,
+        base=base,
+        dtype=dtype,
+        verify=verify,
+        data=data,
+        strategy=strategy,
+        overwrite=overwrite,
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(report, as_json, lambda: print(out))
+
+
+@app.command("export")
+def export_model(
+    source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
+    out: Out,
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")
+    ],
+    base: Base = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Open the result and compare it.")
+    ] = True,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to compare on; a run knows its own.")
+    ] = None,
+    strategy: Named = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Write a small model for another runtime, and check that it still works."""
+    from qft.export.delivery import export as run
+
+    report = run(
+        source,
+        out,
+        format=format,
+        base=base,
+        verify=verify,
+        data=data,
+        strategy=strategy,
+        overwrite=overwrite,
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(report, as_json, lambda: print(out))
+
+
+@app.command()
+def strategies(as_json: Json = False) -> None:
+    """The strategies there are, with their settings."""
+    from qft.registry import BUILT_IN, strategy_class, strategy_names
+
+    rows = []
+    for name in strategy_names():
+        if name not in BUILT_IN:  # a third party's code is imported only when named
+            rows.append({"name": name, "summary": "(another package's)"})
+            continue
+        cls = strategy_class(name)
+        rows.append(
+            {
+                "name": name,
+                "summary": (cls.__doc__ or "").strip().splitlines()[0],
+                "paper": cls.paper,
+                "mergeable": cls().mergeable,
+                "tasks": sorted(cls().tasks),
+                "settings": {
+                    key: {"default": field.default, "description": field.description}
+                    for key, field in cls.model_fields.items()
+                },
+            }
+        )
+    _print(rows, as_json, lambda: _show_strategies(rows))
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """This machine and the installed versions, for a bug report."""
+    from qft.hardware import environment
+
+    values = environment()
+    _print(values, as_json, lambda: _table(values))
+
+
+@app.command()
+def recipe(
+    schema: Annotated[bool, typer.Option("--schema", help="The JSON schema instead.")] = False,
+) -> None:
+    """Every knob of a recipe, with its default and its sentence."""
+    from qft.recipe_reference import json_schema, reference
+
+    print(json.dumps(json_schema(), indent=2) if schema else reference())
+
+
+def _reporter(quiet: bool, as_json: bool) -> Reporter:
+    from qft.progress import Reporter
+    from qft.quiet_libraries import quiet_libraries
+
+    quiet_libraries()
+    return Reporter(quiet=quiet, stream="stderr" if as_json else "stdout")
+
+
+def _trust(allow_pickle: bool, remote_code: bool) -> Any:
+    from qft.models import Trust
+
+    return Trust(allow_pickle, remote_code)
+
+
+def _columns(pairs: list[str] | None) -> dict[str, str | int]:
+    columns: dict[str, str | int] = {}
+    for pair in pairs or []:
+        role, equals, name = pair.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{pair!r} is not role=name")
+        columns[role] = int(name) if name.isdigit() else name
+    return columns
+
+
+def _print(value: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    else:
+        otherwise()
+
+
+def _printable(text: str) -> str:
+    """Without control characters: what a model says must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+def _plain_texts(texts: list[str]) -> None:
+    for text in texts:
+        print(_printable(text))
+
+
+def _table(values: dict[str, Any], indent: str = "") -> None:
+    width = max((len(key) for key in values), default=0)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}")
+            _table(value, indent + "  ")
+        else:
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            print(f"{indent}{key:<{width}}  {shown}")
+
+
+def _show_strategies(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        print(f"{row['name']}: {row['summary']}")
+        if "paper" not in row:
+            continue
+        print(f"  tasks: {', '.join(row['tasks'])}; mergeable: {'yes' if row['mergeable'] else 'no'}")
+        if row["paper"]:
+            print(f"  paper: {row['paper']}")
+        for key, field in row["settings"].items():
+            print(f"  {key} = {field['default']!r}: {field['description']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Chat templates, and which tokens of a conversation are the assistant's.
+
+The template itself says where the assistant's words are: what it renders for `messages[:i]` with
+the generation prompt is what the model will be given, what it adds for `messages[:i + 1]` is what
+the model must write. Both are prefixes of the whole conversation's text, so their lengths are the
+borders, and the tokens are found by their offsets. Nothing is searched for: a user may write
+`<|im_start|>assistant` and is not taken for one.
+
+A template that renders earlier turns otherwise once later ones follow has no such prefixes. Then
+its `{% generation %}` marks are used, if it has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qft.data.columns import Message
+from qft.data.encoding import UNSUPERVISED, Encoded, Span, supervise, tokenize
+from qft.errors import DataError, ModelError, QftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer has a chat template."""
+    return bool(tokenizer.chat_template)
+
+
+def require_template(tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer without a chat template.
+
+    Raises:
+        DataError: it has none.
+    """
+    if not has_template(tokenizer):
+        raise DataError(
+            "This model's tokenizer has no chat template, so conversations cannot be rendered.",
+            where=getattr(tokenizer, "name_or_path", None),
+            fix="take the instruct or chat version of the model, put a chat_template.jinja into "
+            "its folder, or train with task: instruct",
+        )
+
+
+def render(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
+) -> str:
+    """The conversation as the template writes it, by transformers' sandboxed renderer.
+
+    Raises:
+        DataError: no template, or one that does not accept these messages.
+        ModelError: the template is broken, or reaches for what the sandbox forbids.
+    """
+    require_template(tokenizer)
+    # As a batch of one: transformers refuses a bare empty list, which is the prefix of a
+    # conversation that the assistant opens.
+    return str(
+        _apply(
+            tokenizer,
+            [list(messages)],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )[0]
+    )
+
+
+def _apply(tokenizer: Tokenizer, conversations: list[list[Message]], **settings: Any) -> Any:
+    from jinja2.exceptions import SecurityError, TemplateSyntaxError
+
+    where = getattr(tokenizer, "name_or_path", None)
+    try:
+        return tokenizer.apply_chat_template(conversations, **settings)
+    except SecurityError as error:
+        raise ModelError(
+            "The model's chat template reaches for what a template must not touch.",
+            where=where,
+            found=_excerpt(error),
+            fix="do not use this model; its template tries to run code",
+        ) from None
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            "The model's chat template is broken.",
+            where=f"{where}, line {error.lineno} of the template",
+            found=_excerpt(error),
+        ) from None
+    except Exception as error:  # the template is a foreign program and may fail in any way
+        raise DataError(
+            "The model's chat template does not accept a conversation.",
+            where=where,
+            found=_excerpt(error),
+            fix="bring the messages into the order it asks for (many want user and assistant in "
+            "turn, and some know no system message)",
+        ) from None
+
+
+def mask_assistant(
+    tokenizer: Tokenizer, messages: Sequence[Message]
+) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a conversation.
+
+    Supervised are exactly the assistant's words and the token that ends each of its turns.
+
+    Returns:
+        ``input_ids`` and ``labels``, one entry a token, not shifted; -100 is not supervised.
+
+    Raises:
+        DataError: the template does not show where the assistant's words are, or ends them with
+            no token of its own.
+        ModelError: the template or the tokenizer cannot be used.
+    """
+    encoded = encode_chat(tokenizer, messages)
+    return encoded.input_ids, encoded.labels
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
+    """As `mask_assistant`, with the bytes each token stands for."""
+    text = render(tokenizer, messages)
+    # The template writes bos itself where the model wants one; the tokenizer must add no second.
+    ids, offsets = tokenize(tokenizer, text)
+    spans, reason = _spans_by_prefix(tokenizer, messages, text)
+    if spans is None:
+        spans = _spans_by_marks(tokenizer, messages, text)
+    if spans is None:
+        raise DataError(
+            "The chat template does not show where the assistant's words are.",
+            where=getattr(tokenizer, "name_or_path", None),
+            found=reason,
+            fix="a template with {% generation %} marks around the assistant's words; or rows with "
+            "one assistant message each, at the end",
+        )
+    spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
+    encoded = supervise(tokenizer, text, ids, offsets, spans)
+    _require_terminators(tokenizer, encoded, offsets, spans)
+    return encoded
+
+
+def _spans_by_prefix(
+    tokenizer: Tokenizer, messages: Sequence[Message], text: str
+) -> tuple[list[Span] | None, str]:
+    """Where the assistant's turns are, in characters of ``text``; else None and why not."""
+    spans: list[Span] = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        try:
+            head = render(tokenizer, messages[:i], add_generation_prompt=True)
+            turn = render(tokenizer, messages[: i + 1]) if i + 1 < len(messages) else text
+        except QftError as error:
+            return None, f"it cannot render the first messages alone: {error.found}"
+        if not (text.startswith(turn) and turn.startswith(head)):
+            return None, f"it renders message {i + 1} otherwise once others follow"
+        spans.append((len(head), len(turn)))
+    return spans, ""
+
+
+def _spans_by_marks(
+    tokenizer: Tokenizer, messages: Sequence[Message], text: str
+) -> list[Span] | None:
+    """The same from the template's `{% generation %}` marks; None where it has none."""
+    if not _MARKS.search(tokenizer.get_chat_template()):
+        return None
+    out = _apply(
+        tokenizer,
+        [list(messages)],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+    )
+    spans: list[Span] = []
+    before = 0
+    offsets, marks = out["offset_mapping"][0], out["assistant_masks"][0]
+    for (start, end), mark in zip(offsets, marks, strict=True):
+        if mark and before:
+            spans[-1] = (spans[-1][0], end)
+        elif mark:
+            spans.append((start, end))
+        before = mark
+    return spans or None
+
+
+def _require_terminators(
+    tokenizer: Tokenizer, encoded: Encoded, offsets: Sequence[Span], spans: Sequence[Span]
+) -> None:
+    """Each turn must end with a token of the tokenizer's own: only at such does generation stop."""
+    ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    borders = iter(spans)
+    border = next(borders, None)
+    last: int | None = None
+    for i, (start, _) in enumerate([*offsets, (10**18, 10**18)]):
+        while border is not None and start >= border[1]:
+            if last is None or encoded.input_ids[last] not in ends:
+                written = "" if last is None else tokenizer.decode(encoded.input_ids[last])
+                raise DataError(
+                    "The chat template ends the assistant's turns with no token of its own, so the "
+                    "model would never learn to stop.",
+                    where=getattr(tokenizer, "name_or_path", None),
+                    found=f"the last supervised token is {written!r}",
+                    fix="a template that writes eos_token after the assistant's words (inside its "
+                    "{% generation %} marks, if it has them)",
+                )
+            border, last = next(borders, None), None
+        if i < len(encoded.labels) and encoded.labels[i] != UNSUPERVISED:
+            last = i
+
+
+def terminators(tokenizer: Tokenizer) -> list[int]:
+    """The tokens that end an assistant's turn in this template; nothing if it does not tell."""
+    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        encoded = encode_chat(tokenizer, probe)
+    except QftError:
+        return []
+    return [label for label in encoded.labels if label != UNSUPERVISED][-1:]
+
+
+def _excerpt(error: BaseException) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]!r:.200}"

@@ -1,0 +1,203 @@
+"""The tasks whose labels are tokens: text, instruct, chat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qft.data.chat import encode_chat, has_template, require_template
+from qft.data.columns import Message, read_messages, text_in
+from qft.data.encoding import (
+    UNSUPERVISED,
+    Encoded,
+    bos_prefix,
+    require_eos,
+    supervise,
+    token_bytes,
+    tokenize,
+)
+from qft.data.examples import (
+    EncodeSettings,
+    Example,
+    NumberedRow,
+    Task,
+    collate_language,
+    example_of,
+    language_examples,
+)
+from qft.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+class LanguageTask(Task):
+    """What the causal tasks share: the batch, and how its labels count."""
+
+    auto_class = "AutoModelForCausalLM"
+    predicts = "tokens"
+
+    def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+        """See `Task.collate`; `labels` are ``[batch, length]``."""
+        return collate_language(examples, pad_token_id)
+
+    def label_count(self, batch: Mapping[str, Tensor]) -> int:
+        """Labels that are predicted; the first of a sequence never is."""
+        return int((batch["labels"][:, 1:] != UNSUPERVISED).sum())
+
+
+class TextTask(LanguageTask):
+    """Plain text: the documents one after the other, cut into blocks, every token supervised."""
+
+    name = "text"
+
+    def encode(
+        self,
+        rows: Sequence[NumberedRow],
+        tokenizer: Tokenizer,
+        settings: EncodeSettings,
+        notes: list[str],
+    ) -> list[Example]:
+        """Blocks of ``max_length`` tokens.
+
+        A document begins with bos where the tokenizer gives it one, and eos stands between
+        documents. The last block may be shorter; a single token is no block.
+        """
+        ids: list[int] = []
+        sizes: list[int] = []
+        prefix = bos_prefix(tokenizer)
+        eos = tokenizer.eos_token_id
+        for number, row in rows:
+            text = text_in(row, settings.columns["text"], number)
+            tokens, offsets = tokenize(tokenizer, text)
+            if not tokens:
+                continue
+            if ids and isinstance(eos, int) and ids[-1] != eos:
+                ids.append(eos)
+                sizes.append(0)
+            if prefix and tokens[:1] != prefix:  # the text may bring its own
+                ids += prefix
+                sizes.append(0)
+            ids += tokens
+            sizes += token_bytes(tokenizer, text, tokens, offsets)
+        whole = Encoded(ids, ids, sizes)
+        length = settings.max_length
+        starts = [start for start in range(0, len(ids), length) if len(ids) - start >= 2]
+        if starts:
+            notes.append(f"{len(ids)} tokens in {len(starts)} blocks of up to {length}")
+        return [
+            example_of(whole.cut(start, start + length), settings.index_offset + i)
+            for i, start in enumerate(starts)
+        ]
+
+
+class InstructTask(LanguageTask):
+    """An instruction and its answer; supervised are the answer and what ends it.
+
+    With a chat template the instruction is the user's turn and the answer the assistant's. Without
+    one the text is the instruction, a line break, the answer, eos.
+    """
+
+    name = "instruct"
+
+    def encode(
+        self,
+        rows: Sequence[NumberedRow],
+        tokenizer: Tokenizer,
+        settings: EncodeSettings,
+        notes: list[str],
+    ) -> list[Example]:
+        """One example a row."""
+        templated = has_template(tokenizer)
+        encoded = []
+        for number, row in rows:
+            prompt, completion = self._read(row, settings.columns, number)
+            if templated:
+                sequence = _encode_chat(tokenizer, prompt_messages(prompt, completion), number)
+            else:
+                sequence = encode_plain(tokenizer, prompt, completion)
+            encoded.append((number, sequence))
+        if not templated:
+            notes.append("no chat template: rows are instruction, line break, answer, eos")
+        return language_examples(encoded, settings, notes)
+
+    def _read(
+        self, row: Mapping[str, Any], columns: Mapping[str, str], number: int
+    ) -> tuple[str, str]:
+        prompt = text_in(row, columns["prompt"], number)
+        if "input" in columns and row.get(columns["input"]) is not None:
+            about = text_in(row, columns["input"], number)
+            prompt = join_prompt(prompt, about)
+        return prompt, text_in(row, columns["completion"], number)
+
+
+class ChatTask(LanguageTask):
+    """Conversations in the tokenizer's own template; supervised are the assistant's turns."""
+
+    name: ClassVar[str] = "chat"
+
+    def encode(
+        self,
+        rows: Sequence[NumberedRow],
+        tokenizer: Tokenizer,
+        settings: EncodeSettings,
+        notes: list[str],
+    ) -> list[Example]:
+        """One example a conversation."""
+        require_template(tokenizer)
+        column = settings.columns["messages"]
+        encoded = [
+            (number, _encode_chat(tokenizer, read_messages(row[column], number), number))
+            for number, row in rows
+        ]
+        return language_examples(encoded, settings, notes)
+
+
+def _encode_chat(tokenizer: Tokenizer, messages: list[Message], number: int) -> Encoded:
+    """As `encode_chat`, with the row's number in what goes wrong."""
+    try:
+        return encode_chat(tokenizer, messages)
+    except DataError as error:
+        where = f"row {number}" + (f" ({error.where})" if error.where else "")
+        raise DataError(error.what, where=where, found=error.found, fix=error.fix) from None
+
+
+def join_prompt(prompt: str, about: str) -> str:
+    """An instruction and what it is about, as one text."""
+    return f"{prompt}\n{about}" if about.strip() else prompt
+
+
+def prompt_messages(prompt: str, completion: str | None = None) -> list[Message]:
+    """An instruction, and its answer if there is one, as a conversation."""
+    messages = [{"role": "user", "content": prompt}]
+    if completion is not None:
+        messages.append({"role": "assistant", "content": completion})
+    return messages
+
+
+def plain_prompt(prompt: str) -> str:
+    """What a model without a chat template is given: `encode_plain` continues exactly this."""
+    return f"{prompt}\n"
+
+
+def encode_plain(tokenizer: Tokenizer, prompt: str, completion: str) -> Encoded:
+    """Instruction, line break, answer, eos; the answer and eos are supervised.
+
+    Raises:
+        DataError: the tokenizer has no eos token.
+    """
+    eos = require_eos(tokenizer)
+    head = plain_prompt(prompt)
+    text = head + completion
+    ids, offsets = tokenize(tokenizer, text)
+    body = supervise(tokenizer, text, ids, offsets, [(len(head), len(text))])
+    prefix = bos_prefix(tokenizer)
+    if ids[: len(prefix)] == prefix:
+        prefix = []
+    end = [] if ids and ids[-1] == eos and body.labels[-1] == eos else [eos]
+    return Encoded(
+        prefix + body.input_ids + end,
+        [UNSUPERVISED] * len(prefix) + body.labels + end,
+        [0] * len(prefix) + body.sizes + [0] * len(end),
+    )

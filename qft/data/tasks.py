@@ -1,0 +1,222 @@
+"""From a source to examples: the tasks by name, and the two ways to load their data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qft.data.classify import ClassifyTask
+from qft.data.columns import find_columns
+from qft.data.encoding import pad_id
+from qft.data.examples import (
+    EncodeSettings,
+    Example,
+    ExampleSet,
+    NumberedRow,
+    Task,
+    fingerprint,
+)
+from qft.data.language import ChatTask, InstructTask, TextTask
+from qft.data.sources import read_rows
+from qft.errors import DataError
+from qft.recipe import Data, Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+__all__ = [
+    "TASKS",
+    "Example",
+    "ExampleSet",
+    "Task",
+    "load_examples",
+    "load_train_eval",
+    "pad_id",
+    "split_rows",
+]
+
+TASKS: dict[str, Task] = {
+    task.name: task for task in (TextTask(), InstructTask(), ChatTask(), ClassifyTask())
+}
+
+_Item = TypeVar("_Item")
+
+
+def load_examples(
+    task_name: str,
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    data: Data,
+    max_length: int,
+    labels: tuple[str, ...] | None = None,
+    limit: int | None = None,
+    index_offset: int = 0,
+    split: str = "train",
+) -> ExampleSet:
+    """Reads and encodes one source.
+
+    Args:
+        task_name: a key of ``TASKS``.
+        source: file, folder or hub id; ``data.train`` and ``data.eval`` are not looked at.
+        data: columns, classes, and what happens to rows that are too long.
+        max_length: longest sequence in tokens.
+        labels: the classes of the model; else ``data.labels``, else those of the rows.
+        limit: at most so many rows.
+        index_offset: number of the first example.
+        split: of a hub data set.
+
+    Raises:
+        DataError: the data cannot be read or does not fit the task.
+    """
+    rows, columns = _read(task_name, source, data, limit=limit, split=split)
+    return _encode(
+        task_name,
+        rows,
+        columns,
+        tokenizer,
+        data=data,
+        max_length=max_length,
+        labels=labels,
+        index_offset=index_offset,
+        source=source,
+    )
+
+
+def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, ExampleSet | None]:
+    """The training examples of a recipe and the held-out ones, if it has any.
+
+    The held-out rows are encoded with the training rows' classes. With ``eval_share`` the rows to
+    hold out are drawn by the recipe's seed before any limit, so that a smaller ``limit`` never
+    moves a row from one side to the other.
+
+    Raises:
+        DataError: the data cannot be read or does not fit the task.
+    """
+    data, task_name, max_length = recipe.data, recipe.task, recipe.train.max_length
+    shared = data.eval is None and data.eval_share > 0
+    rows, columns = _read(
+        task_name, data.train, data, limit=None if shared else data.limit, split="train"
+    )
+    held_out: list[NumberedRow] | None = None
+    if shared:
+        if task_name == "text" and len(rows) == 1:
+            rows, held_out = _split_text(rows[0][1], columns["text"], data.eval_share)
+        else:
+            rows, held_out = split_rows(rows, data.eval_share, recipe.train.seed)
+        rows, held_out = rows[: data.limit], held_out[: data.eval_limit]
+    training = _encode(
+        task_name, rows, columns, tokenizer, data=data, max_length=max_length, source=data.train
+    )
+    if held_out is not None:
+        held = _encode(
+            task_name,
+            held_out,
+            columns,
+            tokenizer,
+            data=data,
+            max_length=max_length,
+            labels=training.labels,
+            source=f"{data.train} (held out)",
+        )
+        return training, held
+    if data.eval is None:
+        return training, None
+    held = load_examples(
+        task_name,
+        data.eval,
+        tokenizer,
+        data=data,
+        max_length=max_length,
+        labels=training.labels,
+        limit=data.eval_limit,
+        split="validation",
+    )
+    return training, held
+
+
+def split_rows(rows: Sequence[_Item], share: float, seed: int) -> tuple[list[_Item], list[_Item]]:
+    """Splits rows into those to train on and those to hold out.
+
+    The same rows, share and seed give the same split on every machine; both parts keep the order.
+
+    Args:
+        share: of the rows to hold out, in (0, 1); at least one row on either side.
+
+    Raises:
+        DataError: there are fewer than two rows.
+    """
+    if len(rows) < 2:
+        raise DataError(
+            "One row cannot be parted into training and held-out rows.",
+            where="data.eval_share",
+            found=f"{len(rows)} row",
+            fix="more rows, or rows of their own in data.eval",
+        )
+    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    kept = [row for i, row in enumerate(rows) if i not in chosen]
+    return kept, [row for i, row in enumerate(rows) if i in chosen]
+
+
+def _split_text(
+    row: Mapping[str, Any], column: str, share: float
+) -> tuple[list[NumberedRow], list[NumberedRow]]:
+    """Holds out the end of a single text, from a line's beginning if there is one near."""
+    text = row[column]
+    middle = int(len(text) * (1 - share)) if isinstance(text, str) else 0
+    if not 0 < middle < len(text):
+        raise DataError(
+            "The text is too short to hold a part of it out.",
+            where="data.eval_share",
+            fix="a text of its own in data.eval",
+        )
+    line_end = text.rfind("\n", middle // 2, middle)
+    border = middle if line_end < 0 else line_end + 1
+    return [(1, {column: text[:border]})], [(1, {column: text[border:]})]
+
+
+def _read(
+    task_name: str, source: str, data: Data, *, limit: int | None, split: str
+) -> tuple[list[NumberedRow], dict[str, str]]:
+    rows = read_rows(source, columns=data.columns, limit=limit, split=split)
+    try:
+        columns = find_columns(task_name, rows, data.columns)
+    except DataError as error:
+        where = source if error.where is None else f"{source}: {error.where}"
+        raise DataError(error.what, where=where, found=error.found, fix=error.fix) from None
+    return list(enumerate(rows, start=1)), columns
+
+
+def _encode(
+    task_name: str,
+    rows: Sequence[NumberedRow],
+    columns: Mapping[str, str],
+    tokenizer: Tokenizer,
+    *,
+    data: Data,
+    max_length: int,
+    source: str,
+    labels: tuple[str, ...] | None = None,
+    index_offset: int = 0,
+) -> ExampleSet:
+    task = TASKS[task_name]
+    notes: list[str] = []
+    try:
+        classes = None
+        if task.predicts == "class":
+            classes = labels or data.labels or task.classes(rows, columns)
+        settings = EncodeSettings(columns, max_length, data.too_long, classes, index_offset)
+        examples = task.encode(rows, tokenizer, settings, notes)
+    except DataError as error:
+        where = source if error.where is None else f"{source}: {error.where}"
+        raise DataError(error.what, where=where, found=error.found, fix=error.fix) from None
+    if not examples:
+        raise DataError(
+            "No usable example is left.",
+            where=source,
+            found="; ".join(notes) or f"{len(rows)} rows without text",
+            fix="a longer train.max_length, or other rows",
+        )
+    return ExampleSet(examples, classes, notes, fingerprint(examples))

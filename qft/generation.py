@@ -1,0 +1,219 @@
+"""Text from a model: for many prompts at once, or word by word for a conversation."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qft.data.chat import render, terminators
+from qft.data.columns import Message
+from qft.data.encoding import encode_prompt, pad_id
+from qft.data.language import prompt_messages
+from qft.errors import RecipeError
+from qft.evaluation import evaluating
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str] | Sequence[Sequence[Message]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    micro_batch: int = 8,
+) -> list[str]:
+    """Continues each prompt; the prompt itself is not in what comes back.
+
+    Args:
+        model: plain or wrapped by PEFT.
+        prompts: texts, or conversations (these always go through the chat template).
+        max_new_tokens: at most so many tokens for each.
+        temperature: 0 takes the likeliest token.
+        top_p: the share of the probability to sample from; with a temperature only.
+        seed: of the sampling; the ordinary generators are left as they were.
+        chat: render a text as the user's turn in the tokenizer's template.
+        micro_batch: prompts at once.
+
+    Returns:
+        One text a prompt, in their order, without special tokens.
+
+    Raises:
+        RecipeError: an empty prompt, or a setting out of its range.
+        DataError: ``chat`` without a usable template.
+    """
+    chat = chat or any(not isinstance(prompt, str) for prompt in prompts)
+    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
+    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
+    texts = [""] * len(encoded)
+    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
+    with evaluating(model), _own_randomness(model, seed):
+        for start in range(0, len(order), micro_batch):
+            places = order[start : start + micro_batch]
+            batch = _left_padded([encoded[i] for i in places], pad_id(tokenizer), model)
+            out = _generate(model, batch, settings)
+            new = out[:, batch["input_ids"].shape[1] :]
+            for place, ids in zip(places, new, strict=True):
+                texts[place] = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return texts
+
+
+def stream_chat(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """The assistant's next turn, piece by piece as it is written.
+
+    Closing the iterator early stops the model after the token at hand. The model must not be used
+    elsewhere meanwhile.
+
+    Args:
+        messages: the conversation so far, the user's words last. Without a chat template the last
+            message's words are the prompt.
+
+    Raises:
+        RecipeError: an empty prompt, or a setting out of its range.
+        DataError: the template does not accept the conversation.
+    """
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+    chat = bool(tokenizer.chat_template)
+    ids = _encode(tokenizer, messages if chat else messages[-1]["content"], chat)
+    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
+    streamer: Any = TextIteratorStreamer(
+        tokenizer,  # type: ignore[arg-type]
+        skip_prompt=True,
+        skip_special_tokens=True,
+    )
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    class Asked(StoppingCriteria):  # type: ignore[misc]
+        """Ends the generation once the reader has gone."""
+
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            return torch.full((input_ids.shape[0],), stop.is_set(), device=input_ids.device)
+
+    def write() -> None:
+        try:
+            with evaluating(model), _own_randomness(model, seed):
+                batch = _left_padded([ids], pad_id(tokenizer), model)
+                _generate(
+                    model,
+                    batch,
+                    settings,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([Asked()]),
+                )
+        except BaseException as error:  # carried over to the reader's thread
+            failed.append(error)
+            streamer.on_finalized_text("", stream_end=True)
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        yield from (piece for piece in streamer if piece)
+    finally:
+        stop.set()
+        writer.join()
+    if failed:
+        raise failed[0]
+
+
+def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool) -> list[int]:
+    if chat:
+        messages = prompt_messages(prompt) if isinstance(prompt, str) else prompt
+        text = render(tokenizer, messages, add_generation_prompt=True)
+        ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        assert isinstance(prompt, str)
+        ids = encode_prompt(tokenizer, prompt)
+    if not ids:
+        raise RecipeError("The prompt is empty.", fix="give the model at least one word")
+    return list(ids)
+
+
+def _settings(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    chat: bool,
+) -> dict[str, Any]:
+    for name, value, right in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1),
+        ("temperature", temperature, temperature >= 0),
+        ("top_p", top_p, 0 < top_p <= 1),
+    ):
+        if not right:
+            raise RecipeError("A setting is out of its range.", where=name, found=value)
+    sample = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    # Greedy: what the checkpoint says about sampling is set back, or transformers warns of it.
+    greedy = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    stops = _stop_tokens(model, tokenizer, chat)
+    return {
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": pad_id(tokenizer),
+        **({"eos_token_id": stops} if stops else {}),
+        **(sample if temperature > 0 else greedy),
+    }
+
+
+def _stop_tokens(model: nn.Module, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    """What ends a text: by the model's settings, the tokenizer, and the template's own turns."""
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    stops = {listed} if isinstance(listed, int) else set(listed or ())
+    if isinstance(tokenizer.eos_token_id, int):
+        stops.add(tokenizer.eos_token_id)
+    if chat:
+        stops.update(terminators(tokenizer))
+    return sorted(stops)
+
+
+def _left_padded(
+    prompts: Sequence[list[int]], pad_token_id: int, model: nn.Module
+) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, ``[batch, longest]``; new tokens join on at the right."""
+    longest = max(len(ids) for ids in prompts)
+    ids = [[pad_token_id] * (longest - len(p)) + p for p in prompts]
+    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    device = next(model.parameters()).device
+    return {
+        "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
+        "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
+    }
+
+
+def _generate(
+    model: nn.Module, batch: dict[str, Tensor], settings: dict[str, Any], **extra: Any
+) -> Tensor:
+    method: Any = model.generate
+    out: Tensor = method(**batch, **settings, **extra)
+    return out
+
+
+@contextlib.contextmanager
+def _own_randomness(model: nn.Module, seed: int) -> Iterator[None]:
+    """Seeds the generators, and puts them back afterwards."""
+    parameter = next(model.parameters())
+    with torch.random.fork_rng(devices=[parameter.device] if parameter.is_cuda else []):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,165 @@
+"""Device, number format and memory of this machine: each choice with its reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qft.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = (
+    "qft-toolkit", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets",
+    "safetensors", "tokenizers", "gguf",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What a run uses, and why.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        dtype: of weights and arithmetic.
+        reason: why these two, in one sentence each.
+    """
+
+    device: str
+    dtype: torch.dtype
+    reason: str
+
+
+def choose(device: str = "auto", dtype: str = "auto") -> Hardware:
+    """The device and dtype for a run.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
+
+    Raises:
+        RecipeError: CUDA was asked for and is not there.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise RecipeError(
+            "The recipe asks for CUDA, and this PyTorch sees no CUDA device.",
+            where="device",
+            found=f"torch {torch.__version__}",
+            fix="device: auto",
+        )
+    chosen = "cuda" if cuda and device != "cpu" else "cpu"
+    why_device = (
+        "asked for"
+        if device != "auto"
+        else ("a CUDA device is there" if cuda else "there is no CUDA device")
+    )
+    if dtype != "auto":
+        return Hardware(chosen, getattr(torch, dtype), f"{chosen}: {why_device}; {dtype}: asked for")
+    fast, why_dtype = _fast_bfloat16(chosen)
+    picked = torch.bfloat16 if fast else torch.float32
+    name = str(picked).removeprefix("torch.")
+    return Hardware(chosen, picked, f"{chosen}: {why_device}; {name}: {why_dtype}")
+
+
+def _fast_bfloat16(device: str) -> tuple[bool, str]:
+    import torch
+
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return fast, f"this GPU {'computes' if fast else 'does not compute'} in bfloat16"
+    flags = _cpu_flags()
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        return True, "this CPU has AVX512-BF16 or AMX"
+    return False, "this CPU has no AVX512-BF16, so bfloat16 would be slower"
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return frozenset()
+    for line in lines:
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_resident_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """The most bytes this process ever had in memory."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def device_memory(device: str) -> tuple[int, int]:
+    """Bytes in use now and at the peak: allocated on a GPU, resident on a CPU."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    return resident_bytes(), peak_resident_bytes()
+
+
+def free_memory_bytes(device: str) -> int | None:
+    """Bytes a new job could take, or None where the system does not say."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Everything `qft env` prints: for a bug report, no paths and no names in it."""
+    import torch
+
+    hardware = choose()
+    values: dict[str, Any] = {
+        "versions": versions(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": hardware.device,
+        "dtype": str(hardware.dtype).removeprefix("torch."),
+        "reason": hardware.reason,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "free_memory_bytes": free_memory_bytes(hardware.device),
+    }
+    if hardware.device == "cuda":
+        values["gpu"] = torch.cuda.get_device_name()
+        values["gpu_memory_bytes"] = torch.cuda.mem_get_info()[1]
+    return values

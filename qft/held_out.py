@@ -1,0 +1,68 @@
+"""Held-out rows to judge a model on: those a run kept aside, or a file the user names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qft.data.tasks import ExampleSet, load_examples, load_train_eval
+from qft.errors import RecipeError
+from qft.recipe import Columns, Data, Recipe, build_recipe
+
+
+def recipe_of(path: Path) -> Recipe | None:
+    """The recipe of the run that ``path`` is or lies in (its adapter, a checkpoint), or None."""
+    for folder in (path, *list(path.absolute().parents)[:3]):
+        file = folder / "recipe.yaml"
+        if file.is_file():
+            return build_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
+    return None
+
+
+def held_out_examples(
+    source: Path,
+    tokenizer: Any,
+    *,
+    task: str,
+    labels: tuple[str, ...] | None,
+    data: str | None = None,
+    columns: dict[str, str | int] | None = None,
+    max_length: int | None = None,
+    limit: int | None = None,
+    too_long: str | None = None,
+) -> ExampleSet:
+    """Encoded held-out examples for a model.
+
+    Args:
+        source: what the user named; a run knows its own rows and settings.
+        data: rows instead of the run's own.
+        columns: ``{role: name}`` overrides.
+        limit: at most so many rows.
+
+    Raises:
+        RecipeError: there are no rows: no run, and no ``data``.
+        DataError: the rows do not fit the task.
+    """
+    recipe = recipe_of(source)
+    if recipe is not None and data is None and recipe.task == task:
+        _, held_out = load_train_eval(recipe, tokenizer)
+        if held_out is not None:
+            return held_out.first(limit)
+    if data is None:
+        raise RecipeError(
+            "There are no held-out rows to judge the model on.",
+            where=source,
+            fix="add --data FILE",
+        )
+    known = recipe.data if recipe is not None else None
+    settings = Data(
+        train=data,
+        columns=Columns(**columns) if columns else (known.columns if known else Columns()),
+        too_long=too_long or (known.too_long if known else "error"),  # type: ignore[arg-type]
+    )
+    length = max_length or (recipe.train.max_length if recipe is not None else 512)
+    return load_examples(
+        task, data, tokenizer, data=settings, max_length=length, labels=labels, limit=limit
+    )

@@ -1,0 +1,140 @@
+"""Dropout whose mask is a function of (seed, step, sample, module, token position).
+
+Neither the split into micro-batches nor padding changes an update: a sample draws the same mask
+alone or among others, first or last, padded or not, in the forward pass, in a recomputed one, or
+when the step is replayed after running out of memory. No mask is kept for the backward pass: it is
+drawn again from its seed.
+
+Without a clock that knows the samples (an own training loop) the layers use the ordinary generator.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Which samples a forward pass holds.
+
+    Attributes:
+        step: the optimizer step.
+        samples: the samples' own numbers, one a row.
+        lengths: their true lengths in tokens, padding (on the right) left out.
+    """
+
+    step: int
+    samples: tuple[int, ...]
+    lengths: tuple[int, ...]
+
+
+class DropoutClock:
+    """Tells every seeded dropout of one model which moment it is."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.moment: Moment | None = None
+
+    def set(self, step: int, samples: Sequence[int], lengths: Sequence[int]) -> None:
+        """Announces the micro-batch that comes next."""
+        self.moment = Moment(step, tuple(samples), tuple(lengths))
+
+    def clear(self) -> None:
+        """Back to the ordinary generator."""
+        self.moment = None
+
+
+class SeededDropout(nn.Dropout):
+    """A drop-in for :class:`torch.nn.Dropout` that draws from the clock."""
+
+    def __init__(self, p: float, clock: DropoutClock, module_name: str) -> None:
+        super().__init__(p)
+        self.clock = clock
+        self.module_name = module_name
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[batch, length, …]`` or ``[batch, width]`` in, the same shape out."""
+        moment = self.clock.moment
+        if not self.training or self.p == 0.0:
+            return input
+        if moment is None or input.is_meta or input.shape[0] != len(moment.samples):
+            return nn.functional.dropout(input, self.p, True)
+        seeds = _seeds(self.clock.seed, moment, self.module_name)
+        output: Tensor = _Drop.apply(input, self.p, seeds, moment.lengths)
+        return output
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, input: Tensor, p: float, seeds: tuple[int, ...], lengths: tuple[int, ...]
+    ) -> Tensor:
+        ctx.drawn = (p, seeds, lengths)
+        return input * draw_mask(input, p, seeds, lengths)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient * draw_mask(gradient, *ctx.drawn), None, None, None
+
+
+def draw_mask(like: Tensor, p: float, seeds: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Zeros and ``1 / (1 - p)``, in the shape and dtype of ``like``; padding gets zeros.
+
+    Each row is drawn from its own seed, and only for its true length.
+    """
+    mask = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    if p >= 1.0:
+        return mask
+    generator = torch.Generator(device=like.device)
+    for row, seed, length in zip(mask, seeds, lengths, strict=True):
+        generator.manual_seed(seed)
+        part = row[:length] if row.dim() > 1 else row
+        part.bernoulli_(1.0 - p, generator=generator)
+    return mask.div_(1.0 - p)
+
+
+def _seeds(seed: int, moment: Moment, module_name: str) -> tuple[int, ...]:
+    return tuple(_hash(f"{seed}/{moment.step}/{sample}/{module_name}") for sample in moment.samples)
+
+
+def _hash(text: str) -> int:
+    # blake2b, not hash(): Python's own is salted differently in every process
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def install_dropout(model: nn.Module, clock: DropoutClock) -> int:
+    """Replaces every :class:`torch.nn.Dropout` with p > 0; returns how many."""
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if type(module) is nn.Dropout and module.p > 0
+    ]
+    for name, module in found:
+        seeded = SeededDropout(module.p, clock, name)
+        seeded.train(module.training)
+        _replace(model, name, seeded)
+    return len(found)
+
+
+def remove_dropout(model: nn.Module) -> None:
+    """Undoes :func:`install_dropout`."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, SeededDropout)]
+    for name, module in found:
+        plain = nn.Dropout(module.p)
+        plain.train(module.training)
+        _replace(model, name, plain)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(parent, (nn.ModuleDict, nn.ModuleList, nn.Sequential)):
+        parent._modules[child] = new
+    else:
+        setattr(parent, child, new)

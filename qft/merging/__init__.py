@@ -1,0 +1,1 @@
+"""Folding an adapter into its base: streamed tensor by tensor, never the whole model in memory."""

@@ -1,0 +1,220 @@
+"""`merge`: base ⊕ adapter = a model folder that needs neither.
+
+The base's tensors come from its safetensors files one at a time, pass through the strategy's
+:class:`qft.strategy.Merge` and go straight to the new files. A merged value is computed in float32
+and rounded once, to the dtype it is stored in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft import models
+from qft.errors import AdapterError, ModelError
+from qft.files import new_folder, require_absent, require_disk
+from qft.merging.side_files import copy_files, files_bytes, side_files
+from qft.merging.tensors import MergedTensors, ModuleTensors, TensorSource, tied_names
+from qft.shard_writer import MAX_SHARD_BYTES, write_shards
+from qft.shards import ShardedCheckpoint, tensor_bytes
+from qft.strategy import Merge, Strategy
+
+__all__ = [
+    "MergeReport",
+    "MergedTensors",
+    "ModuleTensors",
+    "TensorSource",
+    "merge",
+    "open_source",
+    "refuse_quantized",
+    "write_config",
+    "write_model",
+]
+
+Progress = Callable[[int], None]  # called with the bytes just done
+
+_HEAD_KEYS = ("id2label", "label2id", "problem_type", "qft_pooling")
+_HEADER_SLACK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote.
+
+    Attributes:
+        bytes: of all tensors.
+        tensors: how many there are.
+        changed: how many the adapter changed or added.
+    """
+
+    bytes: int
+    tensors: int
+    changed: int
+
+
+def open_source(
+    base: Path,
+    skeleton: nn.Module,
+    *,
+    adapter: Path | None = None,
+    strategy: Strategy | None = None,
+    dtype: torch.dtype | None = None,
+) -> MergedTensors:
+    """Opens a model folder, or a base with an adapter on it, for merge or export.
+
+    Args:
+        base: folder of the (original, unquantized) model.
+        skeleton: the model on the meta device as the task wants it, from
+            :func:`qft.models.open_skeleton`.
+        adapter: a saved adapter's folder.
+        strategy: rebuilt from it.
+        dtype: of the floating tensors; None keeps each one's own.
+
+    Raises:
+        ModelError: the base is broken or stored quantized.
+        AdapterError: the adapter is for another base, or cannot be merged.
+    """
+    config = models.read_config(base)
+    refuse_quantized(base, config)
+    checkpoint = ShardedCheckpoint(base)
+    names = models.module_names(base, skeleton)
+    tied = tied_names(skeleton, names)
+    merge: Merge | None = None
+    if adapter is not None:
+        if strategy is None:
+            raise AdapterError("An adapter cannot be opened without its strategy.", where=adapter)
+        _require_mergeable(strategy, adapter)
+        merge = strategy.open_merge(adapter, ModuleTensors(checkpoint, names, tied))
+    return MergedTensors(
+        checkpoint,
+        names,
+        merge,
+        tied=tied,
+        dtype=dtype,
+        config=_merged_config(config, skeleton, merge, dtype),
+        files=side_files(base, adapter),
+    )
+
+
+def _require_mergeable(strategy: Strategy, adapter: Path) -> None:
+    if not strategy.mergeable:
+        raise AdapterError(
+            f"What the strategy {strategy.name!r} trains cannot be folded into the base's tensors.",
+            where=adapter,
+            fix="use the adapter folder beside its base: `qft eval`, `qft generate` and PEFT open "
+            "it as it is",
+        )
+
+
+def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises ModelError where a base is stored quantized: its rounding would be merged in."""
+    stored = config.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else stored
+        raise ModelError(
+            "The base is stored quantized; merging into it would round the adapter away.",
+            where=folder,
+            found=f"quantization_config: {method}",
+            fix="name the unquantized model: --base ORIGINAL",
+        )
+
+
+def _merged_config(
+    config: Mapping[str, Any],
+    skeleton: nn.Module,
+    merge: Merge | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Any]:
+    """The base's config with what the task's head, the adapter and the dtype change."""
+    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    values["architectures"] = [type(skeleton).__name__]
+    described: Any = getattr(skeleton, "config", None)
+    if type(skeleton).__name__.endswith("ForSequenceClassification") and described is not None:
+        full = described.to_dict()
+        values |= {key: full[key] for key in _HEAD_KEYS if full.get(key) is not None}
+    if dtype is not None:
+        values.pop("torch_dtype", None)
+        values["dtype"] = str(dtype).removeprefix("torch.")
+    if merge is not None:
+        values |= merge.config_changes()
+    return values
+
+
+def write_model(
+    source: TensorSource,
+    out: Path | str,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> int:
+    """Writes a source as a model folder that transformers opens; returns the tensors' bytes.
+
+    Raises:
+        OutputExistsError: ``out`` is taken.
+        SaveError: the disk is full; nothing is left behind and nothing that existed has changed.
+    """
+    out = Path(out)
+    require_absent(out, overwrite=overwrite)
+    specs = [(name, source.shape(name), source.dtype(name)) for name in source.names()]
+    total = sum(tensor_bytes(shape, dtype) for _, shape, dtype in specs)
+    require_disk(out, total + files_bytes(source.files) + _HEADER_SLACK_BYTES)
+    with new_folder(out, overwrite=overwrite) as folder:
+        write_config(source, folder)
+        copy_files(source.files, folder)
+        write_shards(folder, specs, source.read, max_shard_bytes=max_shard_bytes, progress=progress)
+    return total
+
+
+def write_config(source: TensorSource, folder: Path, **changes: Any) -> None:
+    """Writes the source's config.json, with ``changes``, into a folder that is being made."""
+    text = json.dumps({**source.config, **changes}, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def merge(
+    adapter: Path,
+    base: Path,
+    out: Path | str,
+    *,
+    strategy: Strategy,
+    skeleton: nn.Module,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merges a saved adapter into its base, streamed.
+
+    Args:
+        adapter: the adapter's folder.
+        base: folder of the original base model.
+        out: the model folder to write.
+        strategy: rebuilt from the adapter's folder.
+        skeleton: the base on the meta device, as training saw it.
+        dtype: of the floating tensors; None keeps the base's.
+        max_shard_bytes: larger models are split into several files.
+        overwrite: replace what ``out`` holds.
+        progress: called with the bytes of each tensor written.
+
+    Raises:
+        AdapterError: the strategy cannot be merged, or the adapter is for another base.
+        ModelError: the base is broken or quantized.
+        OutputExistsError: ``out`` is taken.
+        SaveError: the disk is full.
+    """
+    require_absent(Path(out), overwrite=overwrite)
+    source = open_source(base, skeleton, adapter=adapter, strategy=strategy, dtype=dtype)
+    try:
+        written = write_model(
+            source, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
+        )
+    finally:
+        source.close()
+    return MergeReport(written, len(source.names()), len(source.changed))

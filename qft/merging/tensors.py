@@ -1,0 +1,215 @@
+"""A model read one tensor at a time: a base, or a base with an adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qft.errors import AdapterError, ModelError
+from qft.shards import ShardedCheckpoint, tensor_bytes
+from qft.strategy import Merge
+
+
+class TensorSource(Protocol):
+    """A whole model, read one tensor at a time: what merge and every export format write from."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's config.json."""
+
+    @property
+    def files(self) -> Mapping[str, Path]:
+        """Tokenizer and generation files: name → path."""
+
+    def names(self) -> Sequence[str]:
+        """Names as they are in a checkpoint."""
+
+    def module(self, name: str) -> str:
+        """The module name (as in ``state_dict``) of a checkpoint name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor as it will be written."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What :meth:`read` gives."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU."""
+
+
+class ModuleTensors:
+    """A checkpoint under module names, as strategies see it (:class:`qft.strategy.BaseTensors`).
+
+    Args:
+        checkpoint: the open base.
+        names: checkpoint name → module name, from :func:`qft.models.module_names`.
+        tied: module name that is not stored → the module name whose tensor it shares.
+    """
+
+    def __init__(
+        self,
+        checkpoint: ShardedCheckpoint,
+        names: Mapping[str, str],
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._stored = {module: name for name, module in names.items()}
+        for absent, present in (tied or {}).items():
+            if present in self._stored:
+                self._stored.setdefault(absent, self._stored[present])
+
+    def names(self) -> list[str]:
+        """Every module name, tied ones included."""
+        return list(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a base tensor."""
+        return self._checkpoint.shape(self._name(name))
+
+    def read(self, name: str) -> Tensor:
+        """A base tensor as it is stored, on the CPU."""
+        return self._checkpoint.read(self._name(name))
+
+    def _name(self, name: str) -> str:
+        try:
+            return self._stored[name]
+        except KeyError:
+            raise ModelError(
+                "The base has no such tensor.", where=self._checkpoint.folder, found=name
+            ) from None
+
+
+class MergedTensors:
+    """Base ⊕ adapter as a :class:`TensorSource`; without an adapter, the base itself.
+
+    Args:
+        base: the open base checkpoint.
+        names: checkpoint name → module name.
+        merge: the open adapter, or None.
+        tied: tied module name → the one that is stored; see :func:`tied_names`.
+        dtype: of every floating tensor; None keeps each one's own.
+        config: the result's config.json.
+        files: the result's tokenizer and generation files.
+    """
+
+    def __init__(
+        self,
+        base: ShardedCheckpoint,
+        names: Mapping[str, str],
+        merge: Merge | None = None,
+        *,
+        tied: Mapping[str, str] | None = None,
+        dtype: torch.dtype | None = None,
+        config: Mapping[str, Any] | None = None,
+        files: Mapping[str, Path] | None = None,
+    ) -> None:
+        self._base, self._merge, self._dtype = base, merge, dtype
+        self._tied = dict(tied or {})
+        self._added = dict(merge.added()) if merge is not None else {}
+        self._modules = {n: m for n, m in names.items() if m not in self._tied}
+        known = set(self._modules.values())
+        self._modules |= {name: name for name in self._added if name not in known}
+        self.config: Mapping[str, Any] = dict(config or {})
+        self.files: Mapping[str, Path] = dict(files or {})
+        self.changed: set[str] = set()  # names whose value was read and is not the base's
+        self._stored = set(base.names())
+        self._check_tied()
+
+    def _check_tied(self) -> None:
+        """Refuses an adapter that changes a tied head alone; merging would change both."""
+        if self._merge is None:
+            return
+        for head, twin in self._tied.items():
+            stored = next((n for n, m in self._modules.items() if m == twin), None)
+            if stored is None:
+                continue
+            tensor = self._base.read(stored)
+            if head in self._added or self._merge.edit(head, tensor) is not tensor:
+                raise AdapterError(
+                    "The adapter changes one of two tied tensors, and the merged model has only "
+                    "one for both.",
+                    where=head,
+                    found=f"the base ties it to {twin}",
+                    fix="use base and adapter unmerged, or train without this target",
+                )
+
+    def names(self) -> list[str]:
+        """The base's names in their order, then what the adapter adds."""
+        return list(self._modules)
+
+    def module(self, name: str) -> str:
+        """The module name of a checkpoint name."""
+        return self._modules[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the merged tensor."""
+        if self._merge is None:
+            return self._base.shape(name)
+        return tuple(self._merge.shape(self._modules[name]))
+
+    def dtype(self, name: str) -> torch.dtype:
+        """What :meth:`read` gives."""
+        stored = name in self._stored
+        own = self._base.dtype(name) if stored else self._added[self._modules[name]].dtype
+        return self._dtype if self._dtype is not None and own.is_floating_point else own
+
+    def total_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor_bytes(self.shape(name), self.dtype(name)) for name in self.names())
+
+    def read(self, name: str) -> Tensor:
+        """The merged value, rounded once to :meth:`dtype`.
+
+        Raises:
+            ModelError: a finite value is too large for the dtype asked for.
+        """
+        module = self._modules[name]
+        stored = self._base.read(name) if name in self._stored else None
+        if module in self._added:
+            merged = self._added[module]
+        else:
+            assert stored is not None
+            merged = stored if self._merge is None else self._merge.edit(module, stored)
+        if merged is not stored:
+            self.changed.add(name)
+        return rounded(name, merged, self.dtype(name))
+
+    def close(self) -> None:
+        """Closes the base's files."""
+        self._base.close()
+
+
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in another dtype.
+
+    Raises:
+        ModelError: a finite value is too large for float16.
+    """
+    result = tensor.to(dtype)
+    overflows = dtype == torch.float16 and bool(torch.isinf(result).any())
+    if overflows and not torch.isinf(tensor).any():
+        raise ModelError(
+            "A weight is too large for float16.",
+            where=name,
+            found=f"{tensor.abs().max().item():g}; float16 ends at 65504",
+            fix="use bfloat16 or float32",
+        )
+    return result
+
+
+def tied_names(skeleton: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """Tied module name → the one of its pair that the checkpoint stores.
+
+    Where a checkpoint stores both, the second is a copy, and the first stands for both.
+    """
+    pairs: Mapping[str, str] = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    stored = set(names.values())
+    return {
+        (target if source in stored else source): (source if source in stored else target)
+        for target, source in pairs.items()
+        if stored & {source, target}
+    }

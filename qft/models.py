@@ -1,0 +1,346 @@
+"""Open a checkpoint for a task; translate between checkpoint names and module names.
+
+A checkpoint from elsewhere is untrusted: its files are checked before transformers sees them, and
+neither pickles nor Python code that comes with it run unless the user asked by name. Checkpoint
+names and module names differ (a bare encoder has no ``bert.`` prefix, old ones say ``gamma``); this
+file alone knows how, and `module_names` is the only way to ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qft import hardware, quantization
+from qft.errors import ModelError, RecipeError
+from qft.pooling import install_pooling, resolve_pooling
+from qft.shards import ShardedCheckpoint
+
+AUTO_CLASSES = {
+    "text": "AutoModelForCausalLM",
+    "instruct": "AutoModelForCausalLM",
+    "chat": "AutoModelForCausalLM",
+    "classify": "AutoModelForSequenceClassification",
+}
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What the user allowed by name; nothing by default."""
+
+    pickle: bool = False
+    remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to open, and how.
+
+    Attributes:
+        source: folder or hub id.
+        task: decides the model class.
+        labels: class names (classify).
+        pooling: see :mod:`qft.pooling` (classify).
+        quantize: ``none``, ``int8``, ``nf4`` or ``fp4``.
+        dtype: of weights and arithmetic; None is what the machine does best.
+        device: ``cpu`` or ``cuda``; None likewise.
+        trust: what the user allowed.
+    """
+
+    source: str
+    task: str = "text"
+    labels: tuple[str, ...] | None = None
+    pooling: str = "auto"
+    quantize: str = "none"
+    dtype: torch.dtype | None = None
+    device: str | None = None
+    trust: Trust = field(default_factory=Trust)
+
+
+def resolve_folder(source: str, trust: Trust | None = None) -> Path:
+    """The local folder of a model; a hub id is fetched (safetensors, tokenizer and config only).
+
+    Raises:
+        ModelError: no such folder, or the hub cannot be reached or does not have it.
+    """
+    trust = trust or Trust()
+    path = Path(source).expanduser()
+    if path.exists():
+        if not path.is_dir():
+            raise ModelError("A model is a folder, not a file.", where=source)
+        return path
+    if not _HUB_ID.match(source):
+        near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise ModelError(
+            "The model folder does not exist.",
+            where=source,
+            found=f"its parent holds {', '.join(near)}" if near else "its parent does not exist",
+            fix="name an existing folder or a hub id such as Qwen/Qwen2.5-0.5B",
+        )
+    return _fetch(source, trust)
+
+
+def _fetch(source: str, trust: Trust) -> Path:
+    import huggingface_hub
+
+    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+    wanted += ["*.bin", "*.bin.index.json"] if trust.pickle else []
+    wanted += ["*.py"] if trust.remote_code else []
+    try:
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many kinds, all meaning: not to be had
+        raise ModelError(
+            "The model is no local folder, and the hub did not give it.",
+            where=source,
+            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            fix="check the name, the network and, for gated models, `hf auth login`; or name a "
+            "local folder",
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json as plain values.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise ModelError("This is no model folder: config.json is missing.", where=folder,
+                         found=held) from None  # fmt: skip
+    except (ValueError, OSError) as error:
+        raise ModelError("The model's config.json cannot be read.", where=path,
+                         found=error) from None  # fmt: skip
+    if not isinstance(values, dict):
+        raise ModelError("The model's config.json is no JSON object.", where=path)
+    return values
+
+
+def check_folder(folder: Path, trust: Trust | None = None) -> None:
+    """Refuses what must not be opened: broken shards, pickles, code of the model's own.
+
+    Raises:
+        ModelError: with what, where and what would work.
+    """
+    trust = trust or Trust()
+    for name in ("config.json", "tokenizer_config.json"):
+        values = read_config(folder) if name == "config.json" else _optional_json(folder / name)
+        if values.get("auto_map") and not trust.remote_code:
+            raise ModelError(
+                "This model brings Python code of its own, which would run on this machine.",
+                where=folder / name,
+                found=f"auto_map: {json.dumps(values['auto_map'])[:120]}",
+                fix="read that code first; then set trust_remote_code: true in the recipe",
+            )
+    if not any(folder.glob("*.safetensors")):
+        pickles = [name for name in _PICKLES if (folder / name).exists()]
+        if not pickles:
+            raise ModelError("The model folder holds no weights.", where=folder,
+                             fix="it needs model.safetensors")  # fmt: skip
+        if not trust.pickle:
+            raise ModelError(
+                "The weights are a pickle, which can run any code when it is loaded.",
+                where=folder / pickles[0],
+                fix="get the model as safetensors, or, if you trust its source, set "
+                "allow_pickle: true",
+            )
+        return
+    ShardedCheckpoint(folder).close()
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise ModelError("A file of the model cannot be read.", where=path, found=error) from None
+    return values if isinstance(values, dict) else {}
+
+
+def open_config(folder: Path, spec: ModelSpec) -> Any:
+    """The transformers config for a task, with labels and pooling set."""
+    from transformers import AutoConfig
+
+    changes: dict[str, Any] = {}
+    if spec.task == "classify" and spec.labels:
+        changes["id2label"] = dict(enumerate(spec.labels))
+        changes["label2id"] = {name: number for number, name in enumerate(spec.labels)}
+        changes["problem_type"] = "single_label_classification"
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=spec.trust.remote_code, **changes
+        )
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(
+            "transformers does not know this model.", where=folder,
+            found=str(error).strip().splitlines()[0][:300],
+        ) from error  # fmt: skip
+
+
+def open_skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
+    """The model on the meta device: every module and shape, no weight."""
+    config = open_config(folder, spec)
+    auto = _auto_class(spec.task)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto.from_config(config, dtype=spec.dtype or torch.float32)
+    except ValueError as error:
+        raise _no_such_class(folder, spec, error) from error
+    model.tie_weights()  # type: ignore[operator]
+    if spec.task == "classify":
+        install_pooling(model, resolve_pooling(spec.pooling, folder, config))
+    return model
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    return getattr(transformers, AUTO_CLASSES[task])
+
+
+def _no_such_class(folder: Path, spec: ModelSpec, error: Exception) -> ModelError:
+    return ModelError(
+        f"This model cannot do the task {spec.task!r}.",
+        where=folder,
+        found=read_config(folder).get("architectures"),
+        fix="text, instruct and chat need a decoder; classify takes encoders and decoders",
+    )
+
+
+def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Module:
+    """Loads the model for a task, in eval mode, quantized as asked, its parameters frozen or not.
+
+    Args:
+        folder: from :func:`resolve_folder`.
+        keep: names of modules that must stay unquantized, beside heads and embeddings.
+
+    Raises:
+        ModelError: the folder is broken, untrusted, or not fit for the task.
+    """
+    check_folder(folder, spec.trust)
+    chosen = hardware.choose(spec.device or "auto")
+    dtype = spec.dtype or chosen.dtype
+    config = open_config(folder, spec)
+    stored = getattr(config, "quantization_config", None)
+    settings = None
+    if stored is None:
+        kept = quantization.unquantized_modules(open_skeleton(folder, spec), keep)
+        settings = quantization.loading_config(spec.quantize, dtype, kept)
+    elif spec.quantize not in ("none", stored_kind(stored)):
+        raise RecipeError(
+            "The model is stored quantized in another way than the recipe asks for.",
+            where="quantize",
+            found=f"stored {stored_kind(stored)}, asked {spec.quantize}",
+            fix=f"quantize: {stored_kind(stored)}, or name the original model",
+        )
+    try:
+        model: nn.Module = _auto_class(spec.task).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            quantization_config=settings,
+            device_map={"": chosen.device} if settings or stored else None,
+            trust_remote_code=spec.trust.remote_code,
+            use_safetensors=None if spec.trust.pickle else True,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error):
+            raise _no_such_class(folder, spec, error) from error
+        raise
+    if not (settings or stored):
+        model.to(chosen.device)
+    quantization.guard_cpu_kernels(model)
+    if spec.task == "classify":
+        install_pooling(model, resolve_pooling(spec.pooling, folder, config))
+    model.config._name_or_path = spec.source  # type: ignore[union-attr]
+    model.name_or_path = spec.source  # type: ignore[assignment]
+    model.eval()
+    return model
+
+
+def stored_kind(stored: Any) -> str:
+    """``int8``, ``nf4``, ``fp4`` or another method's name, of a stored quantization config."""
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    if values.get("load_in_8bit"):
+        return "int8"
+    if values.get("load_in_4bit"):
+        return str(values.get("bnb_4bit_quant_type", "fp4"))
+    return str(values.get("quant_method", "unknown"))
+
+
+def open_tokenizer(folder: Path, trust: Trust | None = None) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+    from transformers import AutoTokenizer
+
+    trust = trust or Trust()
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+    except Exception as error:  # tokenizers raises bare Exceptions on broken files
+        raise ModelError(
+            "The model's tokenizer cannot be opened.", where=folder,
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
+            fix="the folder needs tokenizer.json and tokenizer_config.json",
+        ) from error  # fmt: skip
+
+
+def module_names(folder: Path, skeleton: nn.Module) -> dict[str, str]:
+    """Checkpoint name → module name (as in ``state_dict``) for every tensor of ``folder``.
+
+    What the skeleton does not have (an unused pooler) keeps its own name.
+
+    Raises:
+        ModelError: the checkpoint stores tensors in another form than the modules hold them
+            (experts that are fused on loading), which a tensor-by-tensor merge cannot follow.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(skeleton)  # type: ignore[arg-type]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    state = skeleton.state_dict()
+    prefix = str(getattr(skeleton, "base_model_prefix", "")) or None
+    checkpoint = ShardedCheckpoint(folder)
+    names: dict[str, str] = {}
+    for name in checkpoint.names():
+        renamed, converted = rename_source_key(name, renamings, converters, prefix, state)
+        if converted is not None and renamed != name:
+            raise ModelError(
+                "This checkpoint's tensors are rearranged on loading, which the streamed merge "
+                "cannot follow yet.", where=folder, found=name,
+            )  # fmt: skip
+        names[name] = renamed
+    checkpoint.close()
+    return names
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells one base model from another: a hash of its shapes and of a part of its values.
+
+    It reads headers and the first 4 KiB of every tensor's data, so it takes no longer for a 70B.
+    """
+    digest = hashlib.sha256()
+    checkpoint = ShardedCheckpoint(folder)
+    for name in sorted(checkpoint.names()):
+        digest.update(f"{name} {checkpoint.shape(name)} {checkpoint.dtype(name)}".encode())
+        digest.update(checkpoint.head(name, 4096))
+    checkpoint.close()
+    return digest.hexdigest()[:32]

@@ -1,0 +1,93 @@
+"""Opens whatever a user can name: a base model, a run, an adapter, a merged or an exported model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qft import models
+from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
+from qft.export.verify import read_back
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model ready to evaluate or generate, in eval mode.
+
+    Attributes:
+        task: what it was trained for; ``text`` for a base model that does not say.
+        labels: class names (classify).
+        adapter: where it is a run or an adapter.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    task: str
+    labels: tuple[str, ...] | None
+    adapter: AdapterFolder | None
+
+
+def open_any(
+    source: str,
+    *,
+    base: str | None = None,
+    strategy: str | None = None,
+    task: str | None = None,
+    trust: models.Trust | None = None,
+    **spec_changes: Any,
+) -> Opened:
+    """Opens ``source`` with the right tokenizer.
+
+    Args:
+        source: folder of a run, checkpoint, adapter, model or GGUF export; a .gguf file; a hub id.
+        base: for an adapter, where its base is.
+        task: overrides what the model says of itself.
+        spec_changes: ``quantize``, ``dtype``, ``device`` of :class:`qft.models.ModelSpec`.
+
+    Raises:
+        QftError: it cannot be opened; says why.
+    """
+    trust = trust or models.Trust()
+    path = Path(source).expanduser()
+    if path.is_dir() and adapter_in(path) is not None or (path / "checkpoints").is_dir():
+        found = locate_adapter(path, base=base, strategy=strategy, trust=trust)
+        return _open_adapter(found, trust, spec_changes)
+    if gguf := _gguf_file(path):
+        return Opened(read_back(gguf), models.open_tokenizer(gguf.parent), task or "text", None, None)
+    folder = models.resolve_folder(source, trust)
+    config = models.read_config(folder)
+    named = str((config.get("architectures") or [""])[0])
+    classifies = named.endswith("ForSequenceClassification")
+    spec = models.ModelSpec(
+        source=source, task=task or ("classify" if classifies else "text"), trust=trust,
+        **spec_changes,
+    )  # fmt: skip
+    model = models.open_model(folder, spec)
+    labels = _labels(config) if spec.task == "classify" else None
+    return Opened(model, models.open_tokenizer(folder, trust), spec.task, labels, None)
+
+
+def _open_adapter(
+    found: AdapterFolder, trust: models.Trust, spec_changes: dict[str, Any]
+) -> Opened:
+    spec = replace(found.spec(trust=trust), **spec_changes)
+    model = open_adapter_model(found, spec)
+    tokenizer = models.open_tokenizer(found.base, trust)
+    return Opened(model, tokenizer, found.task, spec.labels, found)
+
+
+def _gguf_file(path: Path) -> Path | None:
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    return files[0] if files and not any(path.glob("*.safetensors")) else None
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
+    names = config.get("id2label")
+    if not isinstance(names, dict):
+        return None
+    return tuple(str(names[key]) for key in sorted(names, key=int))

@@ -1,0 +1,114 @@
+"""Which hidden states a classification head sees.
+
+Model families differ: BERT's own head reads its pooler, a tanh layer over the first token, which is
+right for BERT itself and wrong for a sentence encoder that was trained with mean pooling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qft.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+CONFIG_KEY = "qft_pooling"
+
+
+def resolve_pooling(asked: str, folder: Path, config: Any) -> str:
+    """``mean``, ``cls``, ``last`` or ``model`` (the family's own head) for a checkpoint.
+
+    ``auto`` takes, in this order: what the checkpoint was trained with by qft; mean or cls where a
+    sentence-transformers folder says so; else the family's own head.
+    """
+    if asked != "auto":
+        return asked
+    stored = getattr(config, CONFIG_KEY, None)
+    if stored in ("mean", "cls", "last", "model"):
+        return str(stored)
+    try:
+        modes = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "model"
+    if modes.get("pooling_mode_mean_tokens"):
+        return "mean"
+    return "cls" if modes.get("pooling_mode_cls_token") else "model"
+
+
+def pool(hidden: Tensor, attention_mask: Tensor | None, kind: str) -> Tensor:
+    """One vector a row: ``[batch, length, width] -> [batch, width]``, padding left out."""
+    import torch
+
+    if kind == "cls":
+        return hidden[:, 0]
+    if attention_mask is None:
+        attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    if kind == "last":
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (attention_mask * positions).argmax(dim=1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    weights = attention_mask[..., None].to(torch.float32)
+    total = (hidden.float() * weights).sum(dim=1)
+    return (total / weights.sum(dim=1).clamp(min=1)).to(hidden.dtype)
+
+
+def install_pooling(model: nn.Module, kind: str) -> None:
+    """Makes a sequence classifier pool by ``kind``; ``model`` leaves the family's own head.
+
+    The model's ``forward`` is replaced on this instance only, and an unused pooler is dropped, so
+    that no strategy trains what reaches no loss.
+
+    Raises:
+        RecipeError: the family's head is not a single linear layer on the hidden width.
+    """
+    from torch import nn
+
+    config: Any = model.config
+    setattr(config, CONFIG_KEY, kind)
+    if kind == "model":
+        return
+    head_name = next(
+        (n for n in ("score", "classifier") if isinstance(getattr(model, n, None), nn.Linear)), None
+    )
+    if head_name is None:
+        raise RecipeError(
+            f"pooling: {kind} needs a head that is one linear layer; this family's is not.",
+            where="pooling",
+            found=type(model).__name__,
+            fix="pooling: model",
+        )
+    base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    if getattr(base, "pooler", None) is not None:
+        base.pooler = None
+    model.forward = _pooled_forward(model, base, head_name, kind)  # type: ignore[method-assign]
+
+
+def _pooled_forward(model: Any, base: Any, head_name: str, kind: str) -> Callable[..., Any]:
+    from torch import nn
+    from transformers.modeling_outputs import SequenceClassifierOutput
+
+    dropout = getattr(model, "dropout", None)
+
+    def forward(
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        for unused in ("return_dict", "use_cache", "num_items_in_batch"):
+            kwargs.pop(unused, None)
+        hidden = base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
+        pooled = pool(hidden, attention_mask, kind)
+        if isinstance(dropout, nn.Module):
+            pooled = getattr(model, "dropout")(pooled)  # looked up: a strategy may replace it
+        logits = getattr(model, head_name)(pooled)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    return forward

@@ -1,0 +1,100 @@
+"""4- and 8-bit loading through bitsandbytes: what stays unquantized, and its traps guarded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from qft.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+KINDS = ("none", "int8", "nf4", "fp4")
+
+
+def loading_config(kind: str, dtype: torch.dtype, keep: Collection[str]) -> Any | None:
+    """The transformers quantization config for one of KINDS, or None for ``none``.
+
+    Args:
+        kind: ``none``, ``int8``, ``nf4`` or ``fp4``; 4 bits use double quantization (QLoRA, 2023).
+        dtype: what the products are computed in.
+        keep: names of modules that stay unquantized; see :func:`unquantized_modules`.
+    """
+    if kind == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    require_bitsandbytes()
+    skip = sorted(keep)
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=skip,
+    )
+
+
+def require_bitsandbytes() -> None:
+    """Raises a clear error where bitsandbytes is missing."""
+    import importlib.util
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(
+            "Quantized loading needs bitsandbytes, which is not installed.",
+            where="quantize",
+            fix="pip install bitsandbytes, or quantize: none",
+        )
+
+
+def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list[str]:
+    """Names of the linear modules that keep full precision: heads, output embeddings, ``also``.
+
+    A head is whatever hangs beside the base model (``classifier``, ``score``, ``lm_head``): it is
+    new or decides every logit, and rounding it costs the most for the fewest bytes.
+    """
+    from torch import nn
+
+    prefix = getattr(skeleton, "base_model_prefix", "")
+    kept = {
+        name
+        for name, child in skeleton.named_children()
+        if name != prefix and any(isinstance(m, nn.Linear) for m in child.modules())
+    }
+    output = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    kept |= {name for name, module in skeleton.named_modules() if module is output}
+    return sorted(kept | set(also))
+
+
+def guard_cpu_kernels(model: nn.Module) -> int:
+    """Switches off bitsandbytes' CPU repacking; returns how many layers were guarded.
+
+    On a CPU with AVX512-BF16 a forward in ``eval()`` repacks 4-bit weights, and the next training
+    forward runs a kernel without autograd: the loss looks right, LoRA gradients are mostly wrong,
+    and a save can write a corrupt checkpoint (bitsandbytes 0.50.2). Without the flag neither happens.
+    """
+    guarded = 0
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            guarded += 1
+    return guarded
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """The full weight of a linear module, shape ``[out, in]``, whatever holds it."""
+    weight: Any = module.weight
+    kind = type(weight).__name__
+    if kind == "Params4bit":
+        import bitsandbytes.functional as F
+
+        return F.dequantize_4bit(weight.data, weight.quant_state)
+    if kind == "Int8Params":
+        state: Any = getattr(module, "state", None)
+        scale = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data.float() * (scale.float() / 127.0)[:, None]
+    return weight.data  # type: ignore[no-any-return]

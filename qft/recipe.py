@@ -1,0 +1,302 @@
+"""The recipe: every knob once, with its default and its sentence.
+
+`--help`, the JSON schema and the reference page (`qft recipe`) come from these definitions. A
+recipe is read from YAML; all of its problems are reported at once, each with its line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from qft.errors import RecipeError
+from qft.registry import brief, build_strategy, check_strategy, settings_of
+from qft.strategy import Strategy
+
+TaskName = Literal["text", "instruct", "chat", "classify"]
+Quantize = Literal["none", "int8", "nf4", "fp4"]
+ColumnName = str | int
+
+
+class Settings(BaseModel):
+    """A group of knobs; an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+
+class Columns(Settings):
+    """Which columns hold what, where the usual names do not fit (a number: no header line)."""
+
+    text: ColumnName | None = Field(None, description="the text (text, classify)")
+    label: ColumnName | None = Field(None, description="the class (classify)")
+    prompt: ColumnName | None = Field(None, description="the instruction (instruct)")
+    input: ColumnName | None = Field(None, description="what the instruction is about (instruct)")
+    completion: ColumnName | None = Field(None, description="the answer (instruct)")
+    messages: ColumnName | None = Field(None, description="the conversation (chat)")
+
+
+class Data(Settings):
+    """Where the rows come from."""
+
+    train: str = Field(description="file (jsonl, json, csv, tsv, parquet, txt), folder or hub id")
+    eval: str | None = Field(None, description="held-out rows, the same kinds")
+    eval_share: float = Field(
+        0.0, ge=0, lt=1, description="without `eval`: the share of `train` to hold out"
+    )
+    columns: Columns = Field(default_factory=Columns, description="column names to override")
+    limit: int | None = Field(None, ge=1, description="use only this many training rows")
+    eval_limit: int | None = Field(None, ge=1, description="use only this many held-out rows")
+    labels: tuple[str, ...] | None = Field(
+        None, description="the classes in order; else those of the training rows, sorted"
+    )
+    too_long: Literal["error", "truncate", "drop"] = Field(
+        "error", description="a row longer than max_length (text is cut into blocks instead)"
+    )
+
+
+class Memory(Settings):
+    """What is traded for memory."""
+
+    checkpointing: Literal["auto", "none", "full"] = Field(
+        "auto", description="recompute activations in the backward pass; auto is full"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="examples a forward pass; else min(batch_size, 4)"
+    )
+
+
+class Train(Settings):
+    """How the training runs."""
+
+    epochs: float = Field(3.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(16, ge=1, description="examples an optimizer step (effective batch)")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "linear", "constant", "exponential"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up"
+    )
+    warmup: float = Field(0.03, ge=0, description="share of the steps (< 1), or steps, to warm up")
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 switches it off")
+    max_length: int = Field(512, ge=2, description="longest sequence in tokens")
+    eval_every: int | None = Field(
+        None, ge=1, description="steps between evaluations; else once an epoch"
+    )
+    save_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints; else once an epoch"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="how many checkpoints are kept")
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after this many evaluations without gain; keeps the best"
+    )
+    log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl")
+    seed: int = Field(0, ge=0, description="decides initial adapters, order and dropout")
+
+
+def _strategy(value: Any) -> Any:
+    if isinstance(value, str):
+        value = {"name": value}
+    return build_strategy(value) if isinstance(value, Mapping) else value
+
+
+class Recipe(Settings):
+    """One fine-tuning job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    model: str = Field(description="hub id or folder of the base model")
+    task: TaskName = Field(description="text, instruct, chat or classify")
+    data: Data = Field(description="where the rows come from")
+    strategy: Annotated[Strategy, BeforeValidator(_strategy)] = Field(
+        description="what trains: {name: lora, rank: 16, …}; `qft strategies` lists them"
+    )
+    quantize: Quantize = Field("none", description="how the frozen base is held: 8 or 4 bits")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of weights and arithmetic; auto is what `qft env` says"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
+    pooling: Literal["auto", "mean", "cls", "last", "model"] = Field(
+        "auto", description="classify: which hidden states the head sees; model is its family's own"
+    )
+    memory: Memory = Field(default_factory=Memory, description="what is traded for memory")
+    train: Train = Field(default_factory=Train, description="how the training runs")
+    output: str = Field(description="the run folder to write")
+    allow_pickle: bool = Field(False, description="load .bin weights, which can run code")
+    trust_remote_code: bool = Field(False, description="run Python files that come with the model")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; reading them back gives an equal recipe."""
+        values = self.model_dump(mode="json", exclude={"strategy"})
+        values["strategy"] = settings_of(self.strategy)
+        return values
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe from YAML and applies ``key.sub=value`` overrides.
+
+    Raises:
+        RecipeError: no such file, no YAML, or every problem of its values at once.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError("The recipe cannot be read.", where=path, found=error.strerror) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError("The recipe is not UTF-8 text.", where=path, found=error) from None
+    try:
+        values = yaml.load(text, Loader=_YamlLoader)
+        lines = _key_lines(yaml.compose(text, Loader=yaml.SafeLoader))
+    except _YAML_ERRORS as error:
+        raise RecipeError("The recipe is not valid YAML.", where=path, found=error) from None
+    if not isinstance(values, dict):
+        raise RecipeError(
+            "The recipe is not a mapping of keys to values.",
+            where=path,
+            found=type(values).__name__,
+            fix="begin with the lines `model: …`, `task: …`, `data: …`",
+        )
+    for override in overrides:
+        _apply_override(values, override)
+    return build_recipe(values, where=str(path), lines=lines)
+
+
+def build_recipe(
+    values: Mapping[str, Any],
+    *,
+    where: str = "recipe",
+    lines: Mapping[tuple[str, ...], int] | None = None,
+) -> Recipe:
+    """A validated recipe from plain values; raises one RecipeError with all problems."""
+    problems: list[str] = []
+    checked = {str(key): value for key, value in values.items()}
+    entry = checked.get("strategy")
+    if isinstance(entry, (str, Mapping)):  # a bad one must not hide the other problems, nor they it
+        strategy, found = check_strategy({"name": entry} if isinstance(entry, str) else entry)
+        for place, text in found:
+            place = ("strategy", *place)
+            problems.append(f"  {_line(lines, place)}{'.'.join(place)}: {text}")
+        checked["strategy"] = strategy or Strategy.model_construct()
+    recipe = None
+    try:
+        recipe = Recipe(**checked)
+    except ValidationError as error:
+        problems += [_explain(problem, lines) for problem in error.errors()]
+    if problems or recipe is None:
+        count = len(problems)
+        raise RecipeError(
+            "\n".join([f"The recipe has {count} problem{'s' * (count != 1)}.", *problems]),
+            where=where,
+        )
+    return recipe
+
+
+def _explain(problem: Any, lines: Mapping[tuple[str, ...], int] | None) -> str:
+    place = tuple(str(part) for part in problem["loc"])
+    key = ".".join(place)
+    prefix = f"  {_line(lines, place)}{key}: "
+    if problem["type"] == "missing":
+        return f"{prefix}is missing ({_description(place)})"
+    if problem["type"] == "extra_forbidden":
+        known = list(_group(place[:-1]).model_fields)
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
+        return f"{prefix}no such key; {hint}"
+    return f"{prefix}{problem['msg'][0].lower()}{problem['msg'][1:]}, found {brief(problem['input'])}"
+
+
+def _line(lines: Mapping[tuple[str, ...], int] | None, place: tuple[str, ...]) -> str:
+    while lines and place:
+        if place in lines:
+            return f"line {lines[place]}: "
+        place = place[:-1]
+    return ""
+
+
+def _group(place: Sequence[str]) -> type[BaseModel]:
+    cls: type[BaseModel] = Recipe
+    for part in place:
+        annotation = cls.model_fields[part].annotation if part in cls.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        cls = annotation
+    return cls
+
+
+def _description(place: Sequence[str]) -> str:
+    field = _group(place[:-1]).model_fields.get(place[-1])
+    return (field.description or "") if field else ""
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.1 reads `2e-4` as a string; every writer of recipes means a number."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+# beside its own: a date with a thirteenth month, brackets nested without end
+_YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def _key_lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
+    """The line of every key, by its path; a key written twice is an error."""
+    found: dict[tuple[str, ...], int] = {}
+    seen: set[int] = set()  # an alias may point at what is above it
+    waiting: list[tuple[yaml.Node | None, tuple[str, ...]]] = [(root, ())]
+    while waiting:
+        node, prefix = waiting.pop()
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for key, value in node.value:
+            place = (*prefix, str(key.value))
+            if place in found:
+                raise yaml.YAMLError(
+                    f"{'.'.join(place)} is written twice, in line {found[place]} and in line "
+                    f"{key.start_mark.line + 1}"
+                )
+            found[place] = key.start_mark.line + 1
+            waiting.append((value, place))
+    return found
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            "An override is not of the form key.sub=value.",
+            found=override,
+            fix="write for example train.epochs=1",
+        )
+    *groups, last = key.split(".")
+    target = values
+    for group in groups:
+        inner = target.get(group)
+        if isinstance(inner, str) and group == "strategy":
+            inner = {"name": inner}
+        inner = dict(inner) if isinstance(inner, Mapping) else {}
+        target[group] = inner
+        target = inner
+    try:
+        target[last] = yaml.load(text, Loader=_YamlLoader)
+    except _YAML_ERRORS as error:
+        raise RecipeError(
+            "The value of an override is not valid YAML.", where=key, found=text, fix=str(error)
+        ) from None

@@ -1,0 +1,145 @@
+"""The strategy contract: which parameters train, and towards what.
+
+A strategy is a frozen, validated settings object: its class *is* its recipe entry. What changes
+while training hangs on the model, never on the strategy. Only `name` and `attach` must be written;
+everything else has a default. `adapters/lora.py` is the example to read next to this page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a strategy wants before the model is loaded."""
+
+    full_precision: tuple[str, ...] = ()  # names of modules that must not be quantized
+    original_weights: bool = False  # will call `context.original_weight`
+    calibration_batches: int = 0  # how many collated training batches it wants in the context
+    lowest_trainable_layer: int = 0  # nothing below this decoder or encoder layer trains
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the run tells a strategy when it attaches. On a meta skeleton, all of it may be absent."""
+
+    task: str = "text"
+    total_steps: int | None = None
+    seed: int = 0
+    calibration: Sequence[Mapping[str, Tensor]] = ()
+    original_weight: Callable[[str], Tensor] | None = None  # by parameter name, unquantized
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the training minimises. `qft.distillation` executes every kind but the task's own."""
+
+    kind: str = "task"
+
+
+class BaseTensors(Protocol):
+    """The base model's tensors under *module* names, read one at a time from its files."""
+
+    def names(self) -> Sequence[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def read(self, name: str) -> Tensor: ...
+
+
+class Merge(Protocol):
+    """A saved adapter, opened without a model, ready to change the base tensor by tensor."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a merged tensor, added ones included."""
+
+    def edit(self, name: str, tensor: Tensor) -> Tensor:
+        """The merged value of base tensor `name`; the very same object where nothing changes."""
+
+    def added(self) -> Mapping[str, Tensor]:
+        """Tensors the base does not have (a trained head); they may also replace one it has."""
+
+    def config_changes(self) -> Mapping[str, Any]:
+        """Keys to set in the merged model's config.json."""
+
+
+class Strategy(BaseModel):
+    """One way to fine-tune. Subclass it, set `name`, write `attach`, register it; see `registry`."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+    name: ClassVar[str]
+    paper: ClassVar[str] = ""
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether the result can be folded into the base's own tensors."""
+        return False
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """The tasks it can train."""
+        return frozenset({"text", "instruct", "chat", "classify"})
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised: the task's own loss unless said otherwise."""
+        return Objective()
+
+    def needs(self, skeleton: nn.Module) -> Needs:
+        """Asked on a model on the meta device, before any weight is loaded."""
+        return Needs()
+
+    def attach(self, model: nn.Module, context: Context) -> nn.Module:
+        """Freezes everything, then adds or frees what trains.
+
+        Raises:
+            RecipeError: nothing in this model matches the settings.
+        """
+        raise NotImplementedError
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after each optimizer step (`step` counts from 1), gradients still in place."""
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """A scalar added once to each optimizer step's loss, or None."""
+        return None
+
+    def state(self, model: nn.Module) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """What a checkpoint must hold beside the adapter: tensors, and JSON."""
+        return {}, {}
+
+    def load_state(
+        self, model: nn.Module, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """Restores what `state` returned, exactly."""
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes the adapter into the existing, empty `folder`, in PEFT's format where it has one."""
+        raise NotImplementedError
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Loads a saved adapter, exactly, into a model this strategy is attached to."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self | None:
+        """Rebuilds the settings from an adapter folder, or None where it is another's."""
+        return None
+
+    def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
+        """Opens a saved adapter for the streamed merge, checked against the base's shapes.
+
+        Raises:
+            AdapterError: the adapter belongs to another base.
+        """
+        raise NotImplementedError
