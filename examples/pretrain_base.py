@@ -81,7 +81,6 @@ class Settings:
     matrix_learning_rate: float = 0.02
     other_learning_rate: float = 3e-3
     warmup: float = 0.02
-    attention: str = "sdpa"
 
 
 @dataclass
@@ -122,7 +121,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         eos_token=CHAT_END,
         pad_token=PADDING,
@@ -212,7 +211,7 @@ class Batches:
         return batch.long()
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, attention: str) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama of about 3.7 million parameters, in fp32 with random weights."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -229,7 +228,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, attention: str) -> LlamaForC
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=attention,
     )
     return LlamaForCausalLM(config)
 
@@ -379,7 +377,7 @@ def model_bits(
     A document is predicted from the end-of-text token on; each token counts once, in the first
     window that holds it, and so has at least half a window before it where the document does.
     """
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     encode = tokenizer.backend_tokenizer.encode
     end, stride, nats = tokenizer.convert_tokens_to_ids(END_OF_TEXT), CONTEXT // 2, 0.0
     for document in documents:
@@ -429,7 +427,7 @@ def save(
     """Writes the folder under a temporary name and renames it: it is there whole or not at all."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -476,7 +474,7 @@ def main() -> None:
         f"{text.cut_passages} passages cut, {sum(map(len, pieces)) / 1e6:.2f} M tokens",
         flush=True,
     )
-    model = build_model(tokenizer, settings.attention).to(device)  # type: ignore[arg-type]
+    model = build_model(tokenizer).to(device)  # type: ignore[arg-type]
     print(f"{model.num_parameters()} parameters on {device}", flush=True)
     batches = Batches(pieces, settings.batch_tokens, arguments.seed)
     checkpoint = Path(tempfile.gettempdir()) / f"{arguments.out.name}-checkpoint"
@@ -486,7 +484,7 @@ def main() -> None:
     progress = train(
         model, batches, settings, arguments.minutes, checkpoint, compute_loss, progress
     )
-    model = model.to(torch.bfloat16)  # type: ignore[arg-type]
+    model = model.to(torch.bfloat16)
     facts = {
         **measure(model, tokenizer, text),
         "parameters": model.num_parameters(),

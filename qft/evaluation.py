@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ def evaluate(
         raise ValueError("no examples to evaluate")
     # Like lengths together, for little padding. The batches depend on the examples alone.
     ordered = sorted(examples, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
-    measure = _TokenScores() if task.predicts == "tokens" else _ClassScores(labels)
+    measure: _Scores = _TokenScores() if task.predicts == "tokens" else _ClassScores(labels)
     device = next(model.parameters()).device
     start = 0
     with evaluating(model):
@@ -78,7 +78,9 @@ def evaluate(
             try:
                 batch = task.collate(part, pad_token_id)
                 scores = measure.score(model, {k: v.to(device) for k, v in batch.items()})
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 if len(part) == 1:
                     raise _does_not_fit(part[0], error) from error
                 scores = None
@@ -92,6 +94,14 @@ def evaluate(
             if progress is not None:
                 progress(len(part))
     return measure.result(ordered)
+
+
+class _Scores(Protocol):
+    """What is summed up over batches; `add` takes what `score` gave once it is complete."""
+
+    def score(self, model: nn.Module, batch: dict[str, Tensor]) -> Any: ...
+    def add(self, scores: Any) -> None: ...
+    def result(self, examples: Sequence[Example]) -> dict[str, float]: ...
 
 
 class _TokenScores:
@@ -196,6 +206,12 @@ def _takes_logits_to_keep(model: nn.Module) -> bool:
     if hasattr(inner, "get_base_model"):  # PEFT hands unknown arguments through
         inner = inner.get_base_model()
     return "logits_to_keep" in inspect.signature(type(inner).forward).parameters
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """A GPU's error has a class of its own; the CPU allocator's only its words."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def _does_not_fit(example: Example, error: BaseException) -> WillNotFitError:

@@ -22,8 +22,8 @@ CONFIG_KEY = "qft_pooling"
 def resolve_pooling(asked: str, folder: Path, config: Any) -> str:
     """``mean``, ``cls``, ``last`` or ``model`` (the family's own head) for a checkpoint.
 
-    ``auto`` takes, in this order: what the checkpoint was trained with by qft; mean or cls where a
-    sentence-transformers folder says so; else the family's own head.
+    ``auto`` takes, in this order: what the checkpoint was trained with by qft; mean, cls or last
+    where a sentence-transformers folder says so; else the family's own head.
     """
     if asked != "auto":
         return asked
@@ -34,23 +34,39 @@ def resolve_pooling(asked: str, folder: Path, config: Any) -> str:
         modes = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "model"
-    if modes.get("pooling_mode_mean_tokens"):
-        return "mean"
-    return "cls" if modes.get("pooling_mode_cls_token") else "model"
+    return _sentence_pooling(modes) if isinstance(modes, dict) else "model"
+
+
+def _sentence_pooling(modes: dict[str, Any]) -> str:
+    """What a sentence-transformers pooling file says, in its new form or its former one."""
+    mode = modes.get("pooling_mode")
+    if mode is None:  # a flag a mode; several mean concatenated vectors, which no head here takes
+        set_flags = [flag for flag, value in modes.items() if flag in _FLAGS and value is True]
+        mode = _FLAGS[set_flags[0]] if len(set_flags) == 1 else None
+    return {"mean": "mean", "cls": "cls", "lasttoken": "last"}.get(str(mode), "model")
+
+
+_FLAGS = {
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens": "weightedmean",
+    "pooling_mode_lasttoken": "lasttoken",
+}
 
 
 def pool(hidden: Tensor, attention_mask: Tensor | None, kind: str) -> Tensor:
     """One vector a row: ``[batch, length, width] -> [batch, width]``, padding left out."""
     import torch
 
-    if kind == "cls":
-        return hidden[:, 0]
     if attention_mask is None:
         attention_mask = torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-    if kind == "last":
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (attention_mask * positions).argmax(dim=1)
-        return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    if kind in ("cls", "last"):  # the first or the last token that is not padding
+        positions = torch.arange(1, hidden.shape[1] + 1, device=hidden.device)
+        order = positions if kind == "last" else positions.flip(0)
+        chosen = (attention_mask * order).argmax(dim=1)
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen]
     weights = attention_mask[..., None].to(torch.float32)
     total = (hidden.float() * weights).sum(dim=1)
     return (total / weights.sum(dim=1).clamp(min=1)).to(hidden.dtype)

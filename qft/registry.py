@@ -131,7 +131,14 @@ def strategy_from_folder(folder: Path, *, named: str | None = None) -> Strategy:
     if not folder.is_dir():
         raise AdapterError("The adapter folder does not exist.", where=folder)
     for name in [named] if named else list(BUILT_IN):
-        strategy = strategy_class(name).from_folder(folder)
+        try:
+            strategy = strategy_class(name).from_folder(folder)
+        except (ValueError, KeyError, TypeError) as error:
+            raise AdapterError(
+                f"The adapter folder says it is {name}, and its settings make no sense.",
+                where=folder,
+                found=f"{type(error).__name__}: {brief(str(error))}",
+            ) from error
         if strategy is not None:
             return strategy
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"

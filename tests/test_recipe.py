@@ -231,7 +231,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         "model: &x {y: *x}\n",
         LAUGHS + "data: {train: *l, labels: *l}\nstrategy: {name: lora, rank: *l}\n",
         LAUGHS.replace("[", "{p: ").replace(", ", ", p: ").replace("]", "}") + "data: *l\n",
-        "[" * 5000,
+        "[" * 2000,
         "output: 2024-13-45\n",
     ],
     ids=["self", "laughs", "repeated", "deep", "date"],
@@ -349,6 +349,18 @@ def names_read_in(folder: Path) -> set[str]:
 def test_every_knob_is_read_by_the_engine(group):
     unread = set(group.model_fields) - names_read_in(Path(recipe_module.__file__).parent)
     assert not unread
+
+
+def test_every_column_is_a_role_of_the_tasks_its_sentence_names():
+    from qft.data.columns import USUAL_NAMES
+
+    roles = {role: {t for t, named in USUAL_NAMES.items() if role in named}
+             for names in USUAL_NAMES.values() for role in names}  # fmt: skip
+    told = {
+        name: set(str(field.description).rpartition("(")[2].rstrip(")").split(", "))
+        for name, field in Columns.model_fields.items()
+    }
+    assert told == roles
 
 
 def test_the_groups_above_are_all_there_are():

@@ -77,8 +77,8 @@ def test_every_built_in_name_is_the_class_own(name):
 
 def test_an_unknown_name_gets_a_suggestion():
     with pytest.raises(RecipeError) as caught:
-        strategy_class("laro")
-    assert "There is no strategy 'laro'." in str(caught.value)
+        strategy_class("lroa")
+    assert "There is no strategy 'lroa'." in str(caught.value)
     assert "did you mean 'lora'?" in str(caught.value)
     assert "head" in str(caught.value)
     assert caught.value.exit_code == 2

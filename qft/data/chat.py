@@ -151,10 +151,35 @@ def _spans_by_prefix(
             turn = render(tokenizer, messages[: i + 1]) if i + 1 < len(messages) else text
         except QftError as error:
             return None, f"it cannot render the first messages alone: {error.found}"
-        if not (text.startswith(turn) and turn.startswith(head)):
+        end = len(turn) if text.startswith(turn) else _common_end(tokenizer, turn, text)
+        if not (text.startswith(head) and turn.startswith(head)) or end <= len(head):
             return None, f"it renders message {i + 1} otherwise once others follow"
-        spans.append((len(head), len(turn)))
+        spans.append((len(head), end))
     return spans, ""
+
+
+def _common_end(tokenizer: Tokenizer, turn: str, text: str) -> int:
+    """Where two texts part, in characters, if a turn is complete by then; else 0.
+
+    Some templates close the last turn, and with it the conversation, by one token more. The
+    comparison is by tokens: as texts, `<|end|>` and `<|user|>` begin alike.
+    """
+    ends = _own_tokens(tokenizer)
+    common = last = 0
+    pairs = zip(zip(*tokenize(tokenizer, turn), strict=True),
+                zip(*tokenize(tokenizer, text), strict=True), strict=False)  # fmt: skip
+    for (token, (start, end)), other in pairs:
+        if (token, (start, end)) != other:
+            break
+        common = end
+        if turn[start:end].strip():
+            last = token
+    return common if last in ends else 0
+
+
+def _own_tokens(tokenizer: Tokenizer) -> set[int]:
+    """The special and added tokens, at which generation can stop."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def _spans_by_marks(
@@ -186,7 +211,7 @@ def _require_terminators(
     tokenizer: Tokenizer, encoded: Encoded, offsets: Sequence[Span], spans: Sequence[Span]
 ) -> None:
     """Each turn must end with a token of the tokenizer's own: only at such does generation stop."""
-    ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ends = _own_tokens(tokenizer)
     borders = iter(spans)
     border = next(borders, None)
     last: int | None = None

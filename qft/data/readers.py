@@ -195,6 +195,7 @@ READERS: dict[str, Callable[[Path, bool], Iterator[Row]]] = {
 
 
 def short_list(names: list[str]) -> str:
+    """The first few names, and how many there are."""
     shown = ", ".join(name[:60] for name in names[:8])
     return f"{shown}, … ({len(names)} in all)" if len(names) > 8 else shown
 

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -41,7 +42,7 @@ def read_rows(
     Raises:
         DataError: nothing there, nothing in it, or a row that cannot be read (file and line).
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # pathlib's own fails on an unknown ~user
     if path.is_dir():
         rows = list(islice(_folder_rows(path, columns), limit))
     elif path.exists():

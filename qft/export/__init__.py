@@ -10,6 +10,7 @@ from qft.files import new_folder, require_absent, require_disk
 from qft.merging.merge import Progress, TensorSource, write_model
 from qft.merging.side_files import files_bytes
 from qft.shard_writer import MAX_SHARD_BYTES
+from qft.shards import tensor_bytes
 
 FORMATS = {
     "gguf:f16": "llama.cpp and Ollama, 16 bits",
@@ -58,7 +59,7 @@ def export(
         out: the folder to make; a GGUF file lies in it beside its tokenizer and config.
         max_shard_bytes: larger models are split (not GGUF).
         overwrite: replace what ``out`` holds, once the new one is complete.
-        progress: called with the bytes of each tensor written.
+        progress: called with the source's bytes done; they add up to the source's own total.
 
     Raises:
         RecipeError: there is no such format.
@@ -70,12 +71,14 @@ def export(
     require_known(format)
     require_absent(out, overwrite=overwrite)
     family, _, kind = format.partition(":")
+    total = _source_bytes(source)
     if family == "safetensors":
         from qft.export.safetensors_format import DTYPES, InDtype
 
+        cast = InDtype(source, DTYPES[kind])
         written = write_model(
-            InDtype(source, DTYPES[kind]), out, max_shard_bytes=max_shard_bytes,
-            overwrite=overwrite, progress=progress,
+            cast, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+            progress=_scaled(progress, _source_bytes(cast), total),
         )  # fmt: skip
         return ExportReport(format, out, written)
     if family == "bnb":
@@ -84,15 +87,34 @@ def export(
         quantized = BnbPlan(source, kind)
         require_disk(out, quantized.bytes + files_bytes(source.files))
         with new_folder(out, overwrite=overwrite) as folder:
-            write_bnb(quantized, folder, max_shard_bytes, progress)
+            write_bnb(quantized, folder, max_shard_bytes,
+                      _scaled(progress, quantized.bytes, total))  # fmt: skip
         return ExportReport(format, out, quantized.bytes, tuple(quantized.notes))
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)
     require_disk(out, plan.bytes + files_bytes(source.files))
     with new_folder(out, overwrite=overwrite) as folder:
-        name = write_gguf(plan, folder, progress).name
+        name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
     return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
+
+
+def _source_bytes(source: TensorSource) -> int:
+    return sum(tensor_bytes(source.shape(name), source.dtype(name)) for name in source.names())
+
+
+def _scaled(progress: Progress | None, written: int, total: int) -> Progress | None:
+    """Reports bytes of the file as bytes of the source, exact at the end."""
+    if progress is None:
+        return None
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        before, done = done, done + count
+        progress(done * total // max(1, written) - before * total // max(1, written))
+
+    return advance
 
 
 def require_known(format: str) -> None:

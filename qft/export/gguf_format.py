@@ -91,10 +91,17 @@ class GGUFPlan:
             )
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
     def bytes(self) -> int:
         """Bytes of the tensors, plus room for the header and the vocabulary."""
-        padded = sum(t.bytes + int(gguf.GGUF_DEFAULT_ALIGNMENT) for t in self.tensors)
-        return padded + _HEADER_SLACK_BYTES + 64 * int(self.config["vocab_size"])
+        padding = int(gguf.GGUF_DEFAULT_ALIGNMENT) * len(self.tensors)
+        return (
+            self.tensor_bytes + padding + _HEADER_SLACK_BYTES + 64 * int(self.config["vocab_size"])
+        )
 
     def _plan(self) -> list[_Planned]:
         mapping = gguf.get_tensor_name_map(self.arch, int(self.config["num_hidden_layers"]))

@@ -286,12 +286,13 @@ def gguf_file(path: Path) -> Path | None:
 def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
     """Through transformers' GGUF loader, settings included: they are part of what is verified.
 
-    Only what that loader cannot read from a file (a rotary scaling) comes from config.json.
+    Where the file says what that loader does not read (a rotary scaling, biases), the settings come
+    from the config.json beside it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     options: dict[str, Any] = {}
-    if _has_rope_scaling(file.parent / "config.json"):
+    if _needs_config(file.parent):
         options["config"] = AutoConfig.from_pretrained(file.parent)
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
@@ -307,9 +308,10 @@ def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _has_rope_scaling(config_file: Path) -> bool:
-    if not config_file.is_file():
+def _needs_config(folder: Path) -> bool:
+    if not (folder / "config.json").is_file():
         return False
-    values = models.read_config(config_file.parent)
+    values = models.read_config(folder)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return rope.get("rope_type", rope.get("type", "default")) != "default"
+    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
+    return bool(scaled or values.get("attention_bias") or values.get("mlp_bias"))
