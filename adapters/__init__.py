@@ -1,1 +1,1 @@
-"""The strategies, one file each. They enter qft by name, through the same door as third parties'."""
+"""The strategies, one file each; they enter qft by name, as third parties' do."""

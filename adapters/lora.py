@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 # What a PEFT LoRA folder may say that this strategy has no setting for; set, it must not be lost.
 _UNKNOWN_FEATURES = (
     "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication",
-    "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora", "alora_invocation_tokens",
-    "exclude_modules", "megatron_config", "arrow_config", "corda_config",
+    "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora",
+    "alora_invocation_tokens", "exclude_modules", "megatron_config", "arrow_config", "corda_config",
 )  # fmt: skip
 
 

@@ -51,7 +51,8 @@ class PeftStrategy(Strategy):
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes adapter_config.json and adapter_model.safetensors."""
         # PEFT would ask the hub whether the vocabulary has changed; nothing here changes it
-        model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        wrapped: Any = model
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # a model card template, all of it blanks
 
     def load(self, model: nn.Module, folder: Path) -> None:
@@ -67,7 +68,8 @@ class PeftStrategy(Strategy):
 def head_names(model: nn.Module) -> list[str]:
     """The classification head's modules: what hangs beside the base model and has parameters."""
     prefix = getattr(model, "base_model_prefix", "")
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    getter: Any = getattr(model, "get_output_embeddings", lambda: None)
+    output = getter()
     return [
         name
         for name, child in model.named_children()

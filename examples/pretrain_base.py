@@ -121,7 +121,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=CHAT_END,
         pad_token=PADDING,
@@ -279,7 +279,7 @@ def compiled_loss(model: LlamaForCausalLM, settings: Settings) -> Loss:
     for length in (settings.short_sequence, CONTEXT):
         count = settings.batch_tokens // length
         batch = torch.zeros(count, length + 1, dtype=torch.long, device=model.device)
-        compiled(model, batch).backward()  # type: ignore[no-untyped-call]
+        compiled(model, batch).backward()
         print(f"compiled for sequences of {length}", flush=True)
     model.zero_grad(set_to_none=True)
     return compiled
@@ -316,7 +316,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
         loss = compute_loss(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
@@ -377,7 +377,7 @@ def model_bits(
     A document is predicted from the end-of-text token on; each token counts once, in the first
     window that holds it, and so has at least half a window before it where the document does.
     """
-    model.eval()  # type: ignore[no-untyped-call]
+    model.eval()
     encode = tokenizer.backend_tokenizer.encode
     end, stride, nats = tokenizer.convert_tokens_to_ids(END_OF_TEXT), CONTEXT // 2, 0.0
     for document in documents:
@@ -427,7 +427,7 @@ def save(
     """Writes the folder under a temporary name and renames it: it is there whole or not at all."""
     temporary = folder.with_name(folder.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(
         eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)],
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -435,6 +435,7 @@ def save(
     tokenizer.save_pretrained(temporary)
     (temporary / "training.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     for path in temporary.iterdir():
+        path.chmod(0o644)  # safetensors writes for the owner alone; a package's files are for all
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if folder.exists():

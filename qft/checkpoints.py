@@ -1,12 +1,12 @@
 """Training checkpoints: complete or not there, without pickles, exact to the byte.
 
-    checkpoint-120/
-      adapter/                 what the strategy saves: usable as it is
-      optimizer.safetensors    every tensor of the optimizer's state
-      state.json               optimizer groups, scheduler, Python's random state, the strategy's JSON
-      state.safetensors        random states, the strategy's tensors
-      trainer_state.json       the Trainer's own counters and history
-      manifest.json            sizes and hashes of all of it
+checkpoint-120/
+  adapter/                 what the strategy saves: usable as it is
+  optimizer.safetensors    every tensor of the optimizer's state
+  state.json               optimizer groups, scheduler, random state, the strategy's JSON
+  state.safetensors        random states, the strategy's tensors
+  trainer_state.json       the Trainer's own counters and history
+  manifest.json            sizes and hashes of all of it
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def load_random_state(path: Path) -> None:
     values = read_json(path / "state.json")["random"]
     version, numbers, gauss = values["python"]
     random.setstate((version, tuple(numbers), gauss))
-    kind, position, has_gauss, cached = values["numpy"]
-    np.random.set_state((kind, tensors["random.numpy"].numpy().view(np.uint32), position, has_gauss, cached))
+    kind, *counters = values["numpy"]
+    np.random.set_state((kind, tensors["random.numpy"].numpy().view(np.uint32), *counters))
     torch.set_rng_state(tensors["random.torch"])
     for index in range(torch.cuda.device_count()):
         if f"random.cuda.{index}" in tensors:
@@ -172,7 +172,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_complete(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every file is as its manifest says, and what was skipped, and why."""
+    """The newest checkpoint whose files are as its manifest says; and what was skipped, why."""
     skipped = [f"{name}: an interrupted save" for name in remove_unfinished(folder)]
     for path in reversed(list_checkpoints(folder)):
         problem = manifest_problem(path)

@@ -166,17 +166,20 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Text from any model."""
+    from qft.data.chat import has_template
+    from qft.data.language import plain_prompt
     from qft.generation import generate as run
     from qft.opening import open_any
 
     opened = open_any(
         source, base=base, strategy=strategy, trust=_trust(allow_pickle, trust_remote_code)
     )
-    chat = not raw and opened.task in ("chat", "instruct")
+    turns = not raw and opened.task in ("chat", "instruct")
+    chat = turns and has_template(opened.tokenizer)
     texts = run(
         opened.model,
         opened.tokenizer,
-        prompt,
+        [plain_prompt(text) for text in prompt] if turns and not chat else prompt,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -267,9 +270,7 @@ def merge(
 def export_model(
     source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
     out: Out,
-    format: Annotated[
-        str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")
-    ],
+    format: Annotated[str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")],
     base: Base = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Open the result and compare it.")
@@ -304,7 +305,7 @@ def strategies(as_json: Json = False) -> None:
     """The strategies there are, with their settings."""
     from qft.registry import BUILT_IN, strategy_class, strategy_names
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in strategy_names():
         if name not in BUILT_IN:  # a third party's code is imported only when named
             rows.append({"name": name, "summary": "(another package's)"})
@@ -402,7 +403,8 @@ def _show_strategies(rows: list[dict[str, Any]]) -> None:
         print(f"{row['name']}: {row['summary']}")
         if "paper" not in row:
             continue
-        print(f"  tasks: {', '.join(row['tasks'])}; mergeable: {'yes' if row['mergeable'] else 'no'}")
+        mergeable = "yes" if row["mergeable"] else "no"
+        print(f"  tasks: {', '.join(row['tasks'])}; mergeable: {mergeable}")
         if row["paper"]:
             print(f"  paper: {row['paper']}")
         for key, field in row["settings"].items():

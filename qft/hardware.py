@@ -64,7 +64,8 @@ def choose(device: str = "auto", dtype: str = "auto") -> Hardware:
         else ("a CUDA device is there" if cuda else "there is no CUDA device")
     )
     if dtype != "auto":
-        return Hardware(chosen, getattr(torch, dtype), f"{chosen}: {why_device}; {dtype}: asked for")
+        reason = f"{chosen}: {why_device}; {dtype}: asked for"
+        return Hardware(chosen, getattr(torch, dtype), reason)
     fast, why_dtype = _fast_bfloat16(chosen)
     picked = torch.bfloat16 if fast else torch.float32
     name = str(picked).removeprefix("torch.")
@@ -156,7 +157,7 @@ def environment() -> dict[str, Any]:
         "dtype": str(hardware.dtype).removeprefix("torch."),
         "reason": hardware.reason,
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": os.cpu_count(),
         "free_memory_bytes": free_memory_bytes(hardware.device),
     }
     if hardware.device == "cuda":

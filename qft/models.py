@@ -315,7 +315,7 @@ def module_names(folder: Path, skeleton: nn.Module) -> dict[str, str]:
 
     transforms = get_model_conversion_mapping(skeleton)  # type: ignore[arg-type]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    converters: list[Any] = [t for t in transforms if not isinstance(t, WeightRenaming)]
     state = skeleton.state_dict()
     prefix = str(getattr(skeleton, "base_model_prefix", "")) or None
     checkpoint = ShardedCheckpoint(folder)

@@ -1,4 +1,4 @@
-"""Opens whatever a user can name: a base model, a run, an adapter, a merged or an exported model."""
+"""Opens whatever a user can name: a base model, a run, an adapter, a merged or exported model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
-from qft.export.verify import read_back
+from qft.export.verify import gguf_file, read_back
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,12 @@ def open_any(
     """
     trust = trust or models.Trust()
     path = Path(source).expanduser()
-    if path.is_dir() and adapter_in(path) is not None or (path / "checkpoints").is_dir():
+    if (path.is_dir() and adapter_in(path) is not None) or (path / "checkpoints").is_dir():
         found = locate_adapter(path, base=base, strategy=strategy, trust=trust)
         return _open_adapter(found, trust, spec_changes)
-    if gguf := _gguf_file(path):
-        return Opened(read_back(gguf), models.open_tokenizer(gguf.parent), task or "text", None, None)
+    if gguf := gguf_file(path):
+        tokenizer = models.open_tokenizer(gguf.parent)
+        return Opened(read_back(gguf), tokenizer, task or "text", None, None)
     folder = models.resolve_folder(source, trust)
     config = models.read_config(folder)
     named = str((config.get("architectures") or [""])[0])
@@ -77,13 +78,6 @@ def _open_adapter(
     model = open_adapter_model(found, spec)
     tokenizer = models.open_tokenizer(found.base, trust)
     return Opened(model, tokenizer, found.task, spec.labels, found)
-
-
-def _gguf_file(path: Path) -> Path | None:
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0] if files and not any(path.glob("*.safetensors")) else None
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:

@@ -97,7 +97,7 @@ def install_pooling(model: nn.Module, kind: str) -> None:
             found=type(model).__name__,
             fix="pooling: model",
         )
-    base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+    base: Any = getattr(model, str(model.base_model_prefix))
     if getattr(base, "pooler", None) is not None:
         base.pooler = None
     model.forward = _pooled_forward(model, base, head_name, kind)  # type: ignore[method-assign]
@@ -120,7 +120,7 @@ def _pooled_forward(model: Any, base: Any, head_name: str, kind: str) -> Callabl
         hidden = base(input_ids=input_ids, attention_mask=attention_mask, **kwargs)[0]
         pooled = pool(hidden, attention_mask, kind)
         if isinstance(dropout, nn.Module):
-            pooled = getattr(model, "dropout")(pooled)  # looked up: a strategy may replace it
+            pooled = model.dropout(pooled)  # looked up: a strategy may replace it
         logits = getattr(model, head_name)(pooled)
         loss = None
         if labels is not None:

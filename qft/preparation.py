@@ -129,7 +129,7 @@ def _notes(model: nn.Module, recompute: bool, asked: str) -> list[str]:
     used = [name for name in stock if getattr(config, name, 0)]
     if used:
         notes.append(
-            f"{used[0]} draws from the ordinary generator: another micro-batch gives statistically, "
-            "not bitwise, the same training."
+            f"{used[0]} draws from the ordinary generator: another micro-batch gives "
+            "statistically, not bitwise, the same training."
         )
     return notes

@@ -47,8 +47,8 @@ class Bar:
         if now - self._shown >= PLAIN_SECONDS or done >= self._total:
             self._shown = now
             left = (now - self._started) / max(done, 1) * (self._total - done)
-            text = f"{self._title} {done}/{self._total}  {fields}"
-            self._reporter.say(f"{text.rstrip()}  {left:.0f} s left" if left >= 1 else text.rstrip())
+            text = f"{self._title} {done}/{self._total}  {fields}".rstrip()
+            self._reporter.say(f"{text}  {left:.0f} s left" if left >= 1 else text)
 
 
 class Reporter:

@@ -65,7 +65,8 @@ def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list
         for name, child in skeleton.named_children()
         if name != prefix and any(isinstance(m, nn.Linear) for m in child.modules())
     }
-    output = skeleton.get_output_embeddings() if hasattr(skeleton, "get_output_embeddings") else None
+    model: Any = skeleton
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kept |= {name for name, module in skeleton.named_modules() if module is output}
     return sorted(kept | set(also))
 
@@ -75,7 +76,8 @@ def guard_cpu_kernels(model: nn.Module) -> int:
 
     On a CPU with AVX512-BF16 a forward in ``eval()`` repacks 4-bit weights, and the next training
     forward runs a kernel without autograd: the loss looks right, LoRA gradients are mostly wrong,
-    and a save can write a corrupt checkpoint (bitsandbytes 0.50.2). Without the flag neither happens.
+    and a save can write a corrupt checkpoint (bitsandbytes 0.50.2). With the flag off neither
+    happens.
     """
     guarded = 0
     for module in model.modules():
@@ -89,12 +91,13 @@ def dequantized(module: nn.Module) -> Tensor:
     """The full weight of a linear module, shape ``[out, in]``, whatever holds it."""
     weight: Any = module.weight
     kind = type(weight).__name__
+    full: Tensor = weight.data
     if kind == "Params4bit":
         import bitsandbytes.functional as F
 
-        return F.dequantize_4bit(weight.data, weight.quant_state)
+        full = F.dequantize_4bit(weight.data, weight.quant_state)
     if kind == "Int8Params":
         state: Any = getattr(module, "state", None)
         scale = weight.SCB if weight.SCB is not None else state.SCB
-        return weight.data.float() * (scale.float() / 127.0)[:, None]
-    return weight.data  # type: ignore[no-any-return]
+        full = weight.data.float() * (scale.float() / 127.0)[:, None]
+    return full

@@ -1,4 +1,4 @@
-"""Keeps other libraries' notices and bars out of what qft shows; their errors still come through."""
+"""Keeps other libraries' notices and bars out of what qft shows; errors still come through."""
 
 from __future__ import annotations
 

@@ -214,7 +214,9 @@ def _explain(problem: Any, lines: Mapping[tuple[str, ...], int] | None) -> str:
         near = difflib.get_close_matches(place[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
         return f"{prefix}no such key; {hint}"
-    return f"{prefix}{problem['msg'][0].lower()}{problem['msg'][1:]}, found {brief(problem['input'])}"
+    return (
+        f"{prefix}{problem['msg'][0].lower()}{problem['msg'][1:]}, found {brief(problem['input'])}"
+    )
 
 
 def _line(lines: Mapping[tuple[str, ...], int] | None, place: tuple[str, ...]) -> str:

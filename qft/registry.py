@@ -61,7 +61,7 @@ def build_strategy(settings: Mapping[str, Any]) -> Strategy:
     """A strategy from its recipe entry, ``{"name": "lora", "rank": 16}``.
 
     Raises:
-        RecipeError: no name, an unknown name, or settings the strategy refuses (all of them listed).
+        RecipeError: no name, an unknown name, or settings it refuses (all are listed).
     """
     strategy, problems = check_strategy(settings)
     if strategy is None:

@@ -30,7 +30,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Context:
-    """What the run tells a strategy when it attaches. On a meta skeleton, all of it may be absent."""
+    """What the run tells a strategy when it attaches; on a meta skeleton, all may be absent."""
 
     task: str = "text"
     total_steps: int | None = None
@@ -49,9 +49,14 @@ class Objective:
 class BaseTensors(Protocol):
     """The base model's tensors under *module* names, read one at a time from its files."""
 
-    def names(self) -> Sequence[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def read(self, name: str) -> Tensor: ...
+    def names(self) -> Sequence[str]:
+        """Every tensor's name."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, without reading it."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself."""
 
 
 class Merge(Protocol):
@@ -71,7 +76,7 @@ class Merge(Protocol):
 
 
 class Strategy(BaseModel):
-    """One way to fine-tune. Subclass it, set `name`, write `attach`, register it; see `registry`."""
+    """One way to fine-tune: subclass it, set `name`, write `attach`, register it."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
@@ -124,7 +129,7 @@ class Strategy(BaseModel):
         """Restores what `state` returned, exactly."""
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes the adapter into the existing, empty `folder`, in PEFT's format where it has one."""
+        """Writes the adapter into the empty `folder`, in PEFT's format where it has one."""
         raise NotImplementedError
 
     def load(self, model: nn.Module, folder: Path) -> None:

@@ -80,35 +80,41 @@ class StepTrainer(Trainer):
         self.job = job
         self.micro_batch = job.micro_batch
         self.last_result: StepResult | None = None
-        self._batches = StepBatches(
-            len(job.examples), job.settings.batch_size, job.settings.seed
-        )
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        self._batches = StepBatches(len(job.examples), job.settings.batch_size, job.settings.seed)
         arguments = training_arguments(job, len(self._batches), next(model.parameters()).device)
         own: list[TrainerCallback] = [_Epochs(self._batches), _AfterStep(self)]
         if job.settings.early_stopping and job.evaluate:
             own.append(EarlyStoppingCallback(job.settings.early_stopping))
         # transformers refuses to train a quantized model without PEFT; head-only is just that
-        claimed = getattr(model, "_hf_peft_config_loaded", False)
-        if "_hf_peft_config_loaded" in vars(type(model)) or hasattr(model, "is_quantized"):
+        claimed: Any = getattr(model, "_hf_peft_config_loaded", None)
+        if claimed is not None:
             model._hf_peft_config_loaded = True  # type: ignore[assignment]
         super().__init__(
             model=model,
             args=arguments,
-            data_collator=list,
+            data_collator=_uncollated,
             train_dataset=job.examples,  # type: ignore[arg-type]
             eval_dataset=[],  # type: ignore[arg-type]
             callbacks=own + (callbacks or []),
         )
-        if hasattr(model, "_hf_peft_config_loaded"):
+        if claimed is not None:
             model._hf_peft_config_loaded = claimed
         self.remove_callback(PrinterCallback)
+
+    @property
+    def trained(self) -> nn.Module:
+        """The model; the Trainer's own attribute may be None before it is made."""
+        model = self.model
+        assert model is not None
+        return model
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The examples of one whole optimizer step at a time, uncollated."""
         return DataLoader(
             self.job.examples,  # type: ignore[arg-type]
             batch_sampler=self._batches,
-            collate_fn=list,
+            collate_fn=_uncollated,
             generator=torch.Generator(),  # its own: iterating must not draw from the global one
         )
 
@@ -140,24 +146,35 @@ class StepTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The recipe's schedule as a factor of the peak learning rate."""
         if self.lr_scheduler is None:
+            chosen: Any = optimizer or self.optimizer
             factor = functools.partial(
                 schedule_factor, settings=self.job.settings, total=num_training_steps
             )
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer or self.optimizer, factor
-            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(chosen, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler  # type: ignore[no-any-return]
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """qft's own evaluation; names carry the prefix ``eval_``."""
         assert self.job.evaluate is not None
-        metrics = {f"eval_{k}": v for k, v in self.job.evaluate(self.model).items()}
+        measured = self.job.evaluate(self.trained)
+        self._measured = (self.state.global_step, measured)
+        metrics = {f"eval_{k}": v for k, v in measured.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def final_metrics(self) -> dict[str, float]:
+        """Of the model as it is now; an evaluation at the last step is not done twice."""
+        if self.job.evaluate is None:
+            return {}
+        step, measured = self._measured
+        swapped = self.args.load_best_model_at_end  # the best model is not the last one
+        if step == self.state.global_step and not swapped:
+            return measured
+        return self.job.evaluate(self.trained)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         best = None
@@ -170,7 +187,7 @@ class StepTrainer(Trainer):
         checkpoints.save_checkpoint(
             self.job.folder,
             self.state.global_step,
-            model=self.model,
+            model=self.trained,
             strategy=self.job.strategy,
             optimizer=self.optimizer,
             scheduler=self.lr_scheduler,
@@ -180,12 +197,13 @@ class StepTrainer(Trainer):
         checkpoints.rotate(self.job.folder, self.job.settings.keep_checkpoints, best)
 
     def _collect_callback_states(self) -> None:
+        states: Any = self.state.stateful_callbacks
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+                states[type(callback).__name__] = callback.state()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.load_model_state(Path(resume_from_checkpoint), self.model, self.job.strategy)
+        checkpoints.load_model_state(Path(resume_from_checkpoint), self.trained, self.job.strategy)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
@@ -200,6 +218,11 @@ class StepTrainer(Trainer):
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """There is none: nothing here trains in float16 with a scaler."""
+
+
+def _uncollated(examples: list[Example]) -> Any:
+    """The step collates; until then examples stay as they are."""
+    return examples
 
 
 class _Epochs(TrainerCallback):
@@ -219,7 +242,7 @@ class _AfterStep(TrainerCallback):
         self._trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.job.strategy.after_step(self._trainer.model, state.global_step + 1)
+        self._trainer.job.strategy.after_step(self._trainer.trained, state.global_step + 1)
 
 
 def schedule_factor(step: int, settings: Train, total: int) -> float:

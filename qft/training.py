@@ -1,11 +1,11 @@
 """`train`: from a recipe to a run folder.
 
-    runs/support-bot/
-      recipe.yaml      the resolved recipe, every default written out
-      run.json         versions, device, times, memory, throughput, metrics
-      metrics.jsonl    one line a logged step or evaluation
-      adapter/         the result, in PEFT's format where it has one
-      checkpoints/     what --resume continues from
+runs/support-bot/
+  recipe.yaml      the resolved recipe, every default written out
+  run.json         versions, device, times, memory, throughput, metrics
+  metrics.jsonl    one line a logged step or evaluation
+  adapter/         the result, in PEFT's format where it has one
+  checkpoints/     what --resume continues from
 """
 
 from __future__ import annotations
@@ -291,9 +291,7 @@ def _card(
     )
 
 
-def _make_trainer(
-    recipe: Recipe, opened: _Opened, folder: Path, reporter: Reporter
-) -> StepTrainer:
+def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Reporter) -> StepTrainer:
     pad = pad_id(opened.tokenizer)
     held_out = opened.held_out
 
@@ -323,7 +321,7 @@ def _run(
     trainer: StepTrainer, recipe: Recipe, start: Path | None, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on."""
-    device = next(trainer.model.parameters()).device.type
+    device = next(trainer.trained.parameters()).device.type
     watcher = _Watcher(trainer, folder / "metrics.jsonl", device, reporter)
     trainer.add_callback(watcher)
     before = _begin_measuring(device)
@@ -365,10 +363,10 @@ def _finish(
     reporter: Reporter,
 ) -> RunResult:
     with new_folder(folder / "adapter", overwrite=True) as temporary:
-        recipe.strategy.save(trainer.model, temporary)
+        recipe.strategy.save(trainer.trained, temporary)
         write_card(temporary, opened.card)
-    metrics = trainer.job.evaluate(trainer.model) if trainer.job.evaluate else {}
-    trainer.model.eval()
+    metrics = trainer.final_metrics()
+    trainer.trained.eval()
     chosen = hardware.choose(recipe.device, recipe.dtype)
     full = {
         "task": recipe.task,
@@ -390,15 +388,13 @@ def _finish(
     )
     for name, value in metrics.items():
         reporter.say(f"eval {name}: {value:.4f}")
-    return RunResult(folder, metrics, full, trainer.model)
+    return RunResult(folder, metrics, full, trainer.trained)
 
 
 class _Watcher(TrainerCallback):
     """Counts, shows and logs; ends the run after the step at hand when asked to."""
 
-    def __init__(
-        self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter
-    ) -> None:
+    def __init__(self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter) -> None:
         self._trainer = trainer
         self._log = log
         self._device = device
@@ -423,7 +419,8 @@ class _Watcher(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         result = self._trainer.last_result
-        assert result is not None and self._bar is not None
+        assert result is not None
+        assert self._bar is not None
         self.seconds += time.monotonic() - self._started
         self.tokens += result.tokens
         self.items += result.items
@@ -497,5 +494,3 @@ def _interruptible(watcher: _Watcher) -> Iterator[None]:
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json says of a finished run."""
     return dict(read_json(folder / "run.json"))
-
-

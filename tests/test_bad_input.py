@@ -140,9 +140,7 @@ def test_targets_that_match_nothing(qft: Run, job: dict[str, Any], tmp_path: Pat
     assert_error(qft("train", write_recipe(tmp_path, job)), 2, "all-linear")
 
 
-def test_truncated_shard(
-    qft: Run, job: dict[str, Any], tiny_llama: Path, tmp_path: Path
-) -> None:
+def test_truncated_shard(qft: Run, job: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64])
@@ -165,9 +163,7 @@ def test_output_that_exists(qft: Run, job: dict[str, Any], tmp_path: Path) -> No
     assert (tmp_path / "run/precious.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_bad_data_does_not_cost_a_former_run(
-    qft: Run, job: dict[str, Any], tmp_path: Path
-) -> None:
+def test_bad_data_does_not_cost_a_former_run(qft: Run, job: dict[str, Any], tmp_path: Path) -> None:
     assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
     before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     (tmp_path / "rows.jsonl").write_text("{broken", encoding="utf-8")
@@ -202,9 +198,7 @@ def test_no_adapter_yet(qft: Run, tmp_path: Path) -> None:
     assert_error(result, 2, "no adapter", "--resume")
 
 
-def test_merge_into_a_folder_that_exists(
-    qft: Run, job: dict[str, Any], tmp_path: Path
-) -> None:
+def test_merge_into_a_folder_that_exists(qft: Run, job: dict[str, Any], tmp_path: Path) -> None:
     assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged/precious.txt").write_text("mine", encoding="utf-8")
@@ -280,6 +274,11 @@ def test_verification_failure_exits_5(
 
     job["data"]["eval"] = job["data"]["train"]
     assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
-    monkeypatch.setattr(LoRAMerge, "edit", lambda self, name, tensor: tensor.float().flip(0))
+    plain = LoRAMerge.edit
+
+    def edit(self: LoRAMerge, name: str, tensor: Any) -> Any:
+        return -tensor if name == "model.norm.weight" else plain(self, name, tensor)
+
+    monkeypatch.setattr(LoRAMerge, "edit", edit)
     result = qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "--verify", "-q")
     assert_error(result, 5, "mean KL")

@@ -288,3 +288,10 @@ def test_mini_6m(assets):
     ids, labels = mask_assistant(tokenizer, conversation())
     expected = [conversation()[i]["content"] + "<|im_end|>" for i in (1, 3)]
     assert supervised_runs(tokenizer, ids, labels) == expected
+
+
+def test_a_later_turn_without_terminator_is_not_covered_by_an_earlier_one():
+    template = CHATML.replace("'<|im_end|>'", "('<|im_end|>' if message['content'] else '')")
+    messages = [*conversation()[:3], {"role": "assistant", "content": ""}]
+    with pytest.raises(DataError, match="never learn to stop"):
+        mask_assistant(chatml(template), messages)

@@ -7,7 +7,15 @@ import pytest
 import torch
 from small_tokenizers import CHATML, bpe, with_template
 
-from qft.data.encoding import UNSUPERVISED, encode_prompt, pad_id, token_bytes, tokenize
+from qft.data.encoding import (
+    UNSUPERVISED,
+    Encoded,
+    encode_prompt,
+    pad_id,
+    supervise,
+    token_bytes,
+    tokenize,
+)
 from qft.data.language import plain_prompt
 from qft.data.tasks import TASKS, Example, load_examples, load_train_eval, split_rows
 from qft.errors import DataError
@@ -441,3 +449,22 @@ def test_real_rows(assets):
     for row, example in zip(rows, found.examples, strict=True):
         assert supervised(tokenizer, example) == row["output"] + "<|im_end|>"
         assert example.label_bytes == len(row["output"].encode())
+
+
+# --- labels by place
+
+
+def test_supervise_takes_whole_tokens():
+    offsets = [(0, 3), (3, 5), (5, 5), (5, 8), (8, 9), (9, 9)]
+    found = supervise(
+        bpe(SPECIALS), "abcdefghi", [11, 12, 13, 14, 15, 16], offsets, [(2, 4), (5, 8)]
+    )
+    # a token across the border counts, one of no width counts by its place
+    assert found.labels == [11, 12, 13, 14, -100, -100]
+    assert supervise(bpe(SPECIALS), "abc", [11], [(0, 3)], []).labels == [-100]
+
+
+def test_the_first_token_of_a_sequence_is_never_predicted():
+    sequence = Encoded([5, 6], [5, -100], [3, 4])
+    assert (sequence.supervised, sequence.label_bytes) == (0, 0)
+    assert Encoded([5, 6], [5, 6], [3, 4]).label_bytes == 4

@@ -304,7 +304,9 @@ def test_a_tiny_bert_gets_seeded_dropout_and_gets_its_own_back(tiny_bert):
         tiny_bert, attn_implementation="eager"
     )
     model.eval()
-    before = {name: module.p for name, module in model.named_modules() if type(module) is nn.Dropout}
+    before = {
+        name: module.p for name, module in model.named_modules() if type(module) is nn.Dropout
+    }
     assert before
     clock = DropoutClock(0)
     assert install_dropout(model, clock) == len(before)

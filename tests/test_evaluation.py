@@ -227,3 +227,19 @@ def test_other_classes_than_the_models(bert, labels, label):
     examples = [Example(0, {"input_ids": [5, 6], "labels": label})]
     with pytest.raises(ModelError, match="different classes"):
         run(bert, examples, "classify", labels=labels)
+
+
+def test_rows_of_one_length_are_batched_by_their_numbers(llama):
+    examples = [
+        Example(i, {"input_ids": [5 + i, 9, 9 + i], "labels": [-100, -100, 9 + i]})
+        for i in range(6)
+    ]
+    seen = []
+    hook = llama.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"][:, 0].tolist()), with_kwargs=True
+    )
+    try:
+        run(llama, [examples[i] for i in (3, 0, 5, 1, 4, 2)], micro_batch=2)
+    finally:
+        hook.remove()
+    assert seen == [[5, 6], [7, 8], [9, 10]]

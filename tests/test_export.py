@@ -29,7 +29,7 @@ from transformers import (
 
 from qft import models, quantization
 from qft.errors import ModelError, OutputExistsError, RecipeError, SaveError
-from qft.export import FORMATS, export
+from qft.export import FORMATS, write_format
 from qft.export.gguf_format import reorder_rows
 from qft.export.gguf_tokenizer import read_vocabulary
 from qft.export.verify import read_back
@@ -96,7 +96,7 @@ def greedy(model: torch.nn.Module, prompt: torch.Tensor, count: int = 24) -> lis
 )
 def test_gguf_gives_the_same_logits_through_transformers(tmp_path, kind, changes):
     base = make_model(tmp_path / "base", kind, **changes)
-    report = export(source_of(base), "gguf:f32", tmp_path / "out")
+    report = write_format(source_of(base), "gguf:f32", tmp_path / "out")
     assert report.path == tmp_path / "out" / "model-f32.gguf"
     expected = AutoModelForCausalLM.from_pretrained(base).eval()
     found = read_back(report.path)
@@ -112,7 +112,7 @@ def test_gguf_f16_holds_every_tensor(tmp_path):
     base = make_model(tmp_path / "base")
     source = source_of(base)
     seen: list[int] = []
-    report = export(source, "gguf:f16", tmp_path / "out", progress=seen.append)
+    report = write_format(source, "gguf:f16", tmp_path / "out", progress=seen.append)
     assert sum(seen) == source.total_bytes()
     check_every_tensor(source, report.path, heads=4, kv_heads=2)
     assert greedy(read_back(report.path), PROMPT) == greedy(
@@ -151,9 +151,22 @@ def test_reordering_is_undone_by_its_inverse():
     assert rows == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
 
 
+def test_llama3_rope_factors_are_transformers_own(tmp_path):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    base = make_model(tmp_path / "base", rope_parameters=LLAMA3_ROPE, head_dim=64)
+    report = write_format(source_of(base), "gguf:f16", tmp_path / "out")
+    stored = {t.name: t.data for t in gguf.GGUFReader(report.path).tensors}["rope_freqs.weight"]
+    config = LlamaConfig(**{**SHAPE, "rope_parameters": LLAMA3_ROPE, "head_dim": 64})
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 10000.0 ** (-torch.arange(0, 64, 2) / 64)
+    assert torch.allclose(plain / torch.tensor(stored), expected, rtol=1e-5)
+    assert len(set(stored.tolist())) > 3  # some kept, some slowed, some in between
+
+
 def test_gguf_metadata(tmp_path):
     base = make_model(tmp_path / "base", vocab_size=263)
-    report = export(source_of(base), "gguf:q8_0", tmp_path / "out")
+    report = write_format(source_of(base), "gguf:q8_0", tmp_path / "out")
     fields = gguf.GGUFReader(report.path).fields
     expected = {
         "general.architecture": "llama", "general.file_type": 7, "llama.block_count": 2,
@@ -177,7 +190,7 @@ def test_gguf_metadata(tmp_path):
 
 def test_rows_q8_0_cannot_hold_stay_in_f16_and_are_named(tmp_path):
     base = make_model(tmp_path / "base", intermediate_size=100)
-    report = export(source_of(base), "gguf:q8_0", tmp_path / "out")
+    report = write_format(source_of(base), "gguf:q8_0", tmp_path / "out")
     assert "2 tensor(s) stay in f16" in report.notes[0]
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(report.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"
@@ -198,20 +211,20 @@ def test_gguf_refuses_what_readers_would_run_differently(tmp_path, change, messa
     source = source_of(make_model(tmp_path / "base"))
     source.config = {**source.config, **change}
     with pytest.raises(ModelError) as caught:
-        export(source, "gguf:f16", tmp_path / "out")
+        write_format(source, "gguf:f16", tmp_path / "out")
     assert message in caught.value.text()
     assert not (tmp_path / "out").exists()
 
 
 def test_gguf_refuses_an_encoder_and_a_tokenizerless_model(tmp_path, tiny_bert):
+    spec = models.ModelSpec(source="", task="classify", labels=("a", "b"))
+    encoder = open_source(tiny_bert, models.open_skeleton(tiny_bert, spec))
     with pytest.raises(ModelError, match="cannot write Bert"):
-        spec = models.ModelSpec(source="", task="classify", labels=("a", "b"))
-        export(open_source(tiny_bert, models.open_skeleton(tiny_bert, spec)), "gguf:f16",
-               tmp_path / "out")  # fmt: skip
+        write_format(encoder, "gguf:f16", tmp_path / "out")
     source = source_of(make_model(tmp_path / "base"))
     source.files = {}
     with pytest.raises(ModelError, match="holds a tokenizer"):
-        export(source, "gguf:f16", tmp_path / "out")
+        write_format(source, "gguf:f16", tmp_path / "out")
 
 
 class FakeTokenizer:
@@ -270,7 +283,7 @@ def test_a_tokenizer_llama_cpp_cannot_run_is_refused(changes, size):
 def test_a_real_model_as_gguf(tmp_path, assets, name):
     folder = assets / "models" / name
     source = source_of(folder)
-    report = export(source, "gguf:f16", tmp_path / "out")
+    report = write_format(source, "gguf:f16", tmp_path / "out")
     config = source.config
     check_every_tensor(
         source, report.path, config["num_attention_heads"], config["num_key_value_heads"]
@@ -289,7 +302,7 @@ def test_a_real_model_as_gguf(tmp_path, assets, name):
 def test_bnb_opens_as_if_quantized_at_load(tmp_path, kind, dtype):
     base = make_model(tmp_path / "base", dtype=dtype, intermediate_size=160)
     source = source_of(base)
-    export(source, f"bnb:{kind}", tmp_path / "out", max_shard_bytes=40_000)
+    write_format(source, f"bnb:{kind}", tmp_path / "out", max_shard_bytes=40_000)
     skip = quantization.unquantized_modules(models.open_skeleton(base, models.ModelSpec("")))
     settings = quantization.loading_config(kind, dtype, skip)
     assert isinstance(settings, BitsAndBytesConfig)
@@ -318,7 +331,7 @@ def test_bnb_layout_is_what_transformers_saves(tmp_path):
     base = make_model(tmp_path / "base")
     source = source_of(base)
     for kind in ("nf4", "int8"):
-        export(source, f"bnb:{kind}", tmp_path / kind)
+        write_format(source, f"bnb:{kind}", tmp_path / kind)
         settings = quantization.loading_config(kind, torch.float32, ["lm_head"])
         AutoModelForCausalLM.from_pretrained(
             base, quantization_config=settings, dtype=torch.float32, device_map={"": "cpu"}
@@ -341,7 +354,7 @@ def test_bnb_keeps_a_classifiers_head(tmp_path):
     BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
     spec = models.ModelSpec(source="", task="classify", dtype=torch.float32)
     source = open_source(tmp_path / "base", models.open_skeleton(tmp_path / "base", spec))
-    export(source, "bnb:nf4", tmp_path / "out")
+    write_format(source, "bnb:nf4", tmp_path / "out")
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", device_map={"": "cpu"}
     )
@@ -354,7 +367,7 @@ def test_bnb_keeps_a_classifiers_head(tmp_path):
 def test_safetensors_in_another_dtype(tmp_path, kind, dtype):
     base = make_model(tmp_path / "base", tie_word_embeddings=True)
     source = source_of(base)
-    export(source, f"safetensors:{kind}", tmp_path / "out")
+    write_format(source, f"safetensors:{kind}", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == dtype
     for name in source.names():
@@ -364,12 +377,12 @@ def test_safetensors_in_another_dtype(tmp_path, kind, dtype):
 def test_unknown_formats_and_taken_outputs_are_refused(tmp_path):
     source = source_of(make_model(tmp_path / "base"))
     with pytest.raises(RecipeError, match="no such export format"):
-        export(source, "gguf:q2", tmp_path / "out")
+        write_format(source, "gguf:q2", tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("1")
     for format in FORMATS:
         with pytest.raises(OutputExistsError):
-            export(source, format, tmp_path / "out")
+            write_format(source, format, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -379,7 +392,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, format):
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 1000))
         with pytest.raises(SaveError, match="not enough room"):
-            export(source, format, tmp_path / "out")
+            write_format(source, format, tmp_path / "out")
     read, last = source.read, source.names()[-1]
 
     def fail(name):
@@ -389,7 +402,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, format):
 
     monkeypatch.setattr(source, "read", fail)
     with pytest.raises(SaveError, match="disk is full"):
-        export(source, format, tmp_path / "out")
+        write_format(source, format, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -401,5 +414,5 @@ def test_a_short_write_of_numpy_is_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", short)
     with pytest.raises(SaveError, match="disk is full"):
-        export(source, "gguf:f16", tmp_path / "out")
+        write_format(source, "gguf:f16", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

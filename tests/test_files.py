@@ -50,22 +50,24 @@ def test_parents_are_made(tmp_path):
     assert names(tmp_path / "a" / "b") == ["x"]
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
-def test_an_exception_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)), files.new_folder(tmp_path / "run") as unfinished:
+def write_half(target: Path, error: BaseException) -> None:
+    """Begins to write a folder, and comes to grief."""
+    with files.new_folder(target, overwrite=True) as unfinished:
         (unfinished / "weights").write_text("half")
         raise error
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_exception_leaves_nothing(tmp_path, error):
+    with pytest.raises(type(error)):
+        write_half(tmp_path / "run", error)
     assert names(tmp_path) == []
 
 
 def test_an_exception_leaves_the_old_folder_whole(tmp_path):
     target = old_folder(tmp_path / "run")
-    with (
-        pytest.raises(ValueError, match="no"),
-        files.new_folder(target, overwrite=True) as unfinished,
-    ):
-        (unfinished / "weights").write_text("half")
-        raise ValueError("no")
+    with pytest.raises(ValueError, match="no"):
+        write_half(target, ValueError("no"))
     assert names(tmp_path) == ["run"]
     assert (target / "weights").read_text() == "old"
 
@@ -128,12 +130,8 @@ def test_what_an_earlier_interruption_left_does_not_get_in(tmp_path):
 )
 def test_a_full_or_locked_disk_is_one_clear_error(tmp_path, raised, says):
     target = old_folder(tmp_path / "run")
-    with (
-        pytest.raises(SaveError, match=says) as caught,
-        files.new_folder(target, overwrite=True) as unfinished,
-    ):
-        (unfinished / "weights").write_text("half")
-        raise raised
+    with pytest.raises(SaveError, match=says) as caught:
+        write_half(target, raised)
     assert str(target) in str(caught.value)
     assert caught.value.exit_code == 1
     assert (target / "weights").read_text() == "old"

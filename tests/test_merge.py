@@ -38,8 +38,8 @@ def make_adapter(base: Path, folder: Path, **settings: object) -> dict[str, torc
     from peft import LoraConfig, get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear",
-                           "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings})  # fmt: skip
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **settings}
+    config = LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM", **settings)
     wrapped = get_peft_model(model, config)
     wrapped.save_pretrained(folder)
     return wrapped.merge_and_unload().state_dict()

@@ -150,7 +150,9 @@ def test_a_strategy_that_is_none_is_an_error(bad):
 
 
 def test_a_group_that_is_no_mapping(tmp_path):
-    joined = "\n".join(problems_of(tmp_path, GOOD.replace("{train: train.jsonl, eval: dev.jsonl}", "x")))
+    joined = "\n".join(
+        problems_of(tmp_path, GOOD.replace("{train: train.jsonl, eval: dev.jsonl}", "x"))
+    )
     assert "line 3: data: " in joined
 
 
@@ -202,7 +204,9 @@ def test_what_is_no_mapping(tmp_path, text):
         load_recipe(written(tmp_path, text))
 
 
-@pytest.mark.parametrize("text", ["model: [", "a: b: c", "model: \t\tx\n\t- y", "x: !!python/object:os.x 1"])
+@pytest.mark.parametrize(
+    "text", ["model: [", "a: b: c", "model: \t\tx\n\t- y", "x: !!python/object:os.x 1"]
+)
 def test_invalid_yaml(tmp_path, text):
     with pytest.raises(RecipeError, match="not valid YAML") as caught:
         load_recipe(written(tmp_path, text))
@@ -413,7 +417,9 @@ def test_the_reference_names_every_knob_once_with_its_default():
 
 
 def test_the_reference_says_how_a_strategy_is_named():
-    assert any(line.startswith("strategy") and "name: lora" in line for line in reference().splitlines())
+    assert any(
+        line.startswith("strategy") and "name: lora" in line for line in reference().splitlines()
+    )
 
 
 def resolved(schema: dict, node: dict) -> dict:

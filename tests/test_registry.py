@@ -42,7 +42,9 @@ def third_party(tmp_path, monkeypatch):
     )
     information = tmp_path / "loud_package-1.0.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: loud-package\nVersion: 1.0\n")
+    (information / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: loud-package\nVersion: 1.0\n"
+    )
     (information / "entry_points.txt").write_text(
         "[qft.strategies]\n"
         "loud = loud_package:Loud\n"
@@ -95,7 +97,9 @@ def test_the_entry_itself_is_not_changed():
     assert entry == {"name": "lora", "rank": 3}
 
 
-@pytest.mark.parametrize("entry", [{}, {"rank": 3}, {"name": 3}, {"name": None}, {"name": ["lora"]}])
+@pytest.mark.parametrize(
+    "entry", [{}, {"rank": 3}, {"name": 3}, {"name": None}, {"name": ["lora"]}]
+)
 def test_without_a_name_the_names_are_listed(entry):
     with pytest.raises(RecipeError, match="name one of: lora, head"):
         build_strategy(entry)
@@ -270,7 +274,13 @@ def test_a_lora_config_with_impossible_values_is_an_adapter_error(tmp_path, valu
 
 
 def test_a_lora_folder_that_uses_more_than_lora_is_refused_by_name(tmp_path):
-    values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "use_dora": True}
+    values = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q"],
+        "use_dora": True,
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
     with pytest.raises(AdapterError, match="use_dora=True"):
         strategy_from_folder(tmp_path)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qft import models
 from qft.errors import ModelError, VerificationError
-from qft.export import FORMATS, export
+from qft.export import FORMATS, write_format
 from qft.export.verify import FILE, THRESHOLDS, Thresholds, read_back, verify
 from qft.merging.merge import open_source
 
@@ -129,7 +129,7 @@ def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_pa
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     spec = models.ModelSpec(source=str(folder))
     source = open_source(folder, models.open_skeleton(folder, spec))
-    report = export(source, format, tmp_path / "good")
+    report = write_format(source, format, tmp_path / "good")
     batches = [{"input_ids": ids}]
     verify(reference, read_back(report.path, dtype=torch.float32), batches, format=format).check()
     if format not in ("gguf:q8_0", "bnb:nf4"):
@@ -141,7 +141,7 @@ def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_pa
         return read(other)
 
     source.read = faulty
-    report = export(source, format, tmp_path / "bad")
+    report = write_format(source, format, tmp_path / "bad")
     found = verify(reference, read_back(report.path, dtype=torch.float32), batches, format=format)
     with pytest.raises(VerificationError):
         found.check()
@@ -150,7 +150,7 @@ def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_pa
 def test_a_broken_artefact_is_an_error(tmp_path, tiny_llama):
     spec = models.ModelSpec(source=str(tiny_llama))
     source = open_source(tiny_llama, models.open_skeleton(tiny_llama, spec))
-    report = export(source, "gguf:f16", tmp_path / "out")
+    report = write_format(source, "gguf:f16", tmp_path / "out")
     whole = report.path.read_bytes()
     report.path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ModelError, match="cannot be opened"):

@@ -92,7 +92,7 @@ def supervise(
     (a blank whose offsets the tokenizer trimmed) counts by its place.
     """
     labels = [UNSUPERVISED] * len(ids)
-    remaining = iter(sorted(spans))
+    remaining = iter(sorted(span for span in spans if span[0] < span[1]))
     span = next(remaining, None)
     for i, (start, end) in enumerate(offsets):
         while span is not None and start >= span[1]:

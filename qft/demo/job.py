@@ -190,7 +190,9 @@ def _generate(out: Path, recipe: Recipe, reporter: Reporter) -> list[dict[str, s
     samples = []
     for row, text in zip(chosen, texts, strict=True):
         samples.append({**row, "generated": text})
-        reporter.say(f"  {row['prompt']}\n    wrote:     {text}\n    docstring: {row['completion']}")
+        reporter.say(
+            f"  {row['prompt']}\n    wrote:     {text}\n    docstring: {row['completion']}"
+        )
     return samples
 
 
@@ -209,7 +211,7 @@ def _closing_table(result: dict[str, Any], reporter: Reporter) -> None:
             human_bytes(report["weight_bytes"]),
             f"{checked['perplexity']:.2f}",
             f"{checked['mean_kl']:.4f}",
-            f"{checked['top1_agreement']:.1%}",
+            f"{checked['top1']:.1%}",
         )
     reporter.console.print(table)
     training = result["training"]
@@ -222,6 +224,6 @@ def _closing_table(result: dict[str, Any], reporter: Reporter) -> None:
     if COMMITTED.is_file():
         known = read_json(COMMITTED)
         reporter.say(
-            f"committed result: {known['mean_gain_nats']:.3f} ± {known['pooled_sd_nats']:.3f} over "
-            f"{len(known['gains_nats'])} seeds, Python {known['python']}"
+            f"committed result: {known['mean_gain_nats']:.3f} ± {known['pooled_sd_nats']:.3f} "
+            f"over {len(known['gains_nats'])} seeds, Python {known['python']}"
         )

@@ -1,9 +1,15 @@
-"""`export`: a model, or a base with an adapter on it, in the format its users run."""
+"""A model, or a base with an adapter on it, in the format its users run: one file a format.
+
+`qft.export` is this package and, called, `qft.export.delivery.export`.
+"""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from qft.errors import RecipeError
 from qft.files import new_folder, require_absent, require_disk
@@ -42,7 +48,7 @@ class ExportReport:
     notes: tuple[str, ...] = ()
 
 
-def export(
+def write_format(
     source: TensorSource,
     format: str,
     out: Path | str,
@@ -126,3 +132,15 @@ def require_known(format: str) -> None:
             found=format,
             fix=f"one of {', '.join(FORMATS)}",
         )
+
+
+class _CallablePackage(ModuleType):
+    """Lets `qft.export(run, out, format=…)` stand beside `import qft.export.verify`."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        from qft.export.delivery import export
+
+        return export(*arguments, **settings)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -1,7 +1,7 @@
 """`qft.merge` and `qft.export`: from a run to a model others can use, and the proof that it works.
 
-The proof compares two models on held-out rows: the reference is the adapter on the base *as training
-saw it*, the artefact is read back from the disk.
+The proof compares two models on held-out rows: the reference is the adapter on the base *as
+training saw it*, the artefact is read back from the disk.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from qft import hardware, models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.data.tasks import TASKS, ExampleSet, Task, pad_id
 from qft.errors import RecipeError
-from qft.export import export as write_format
-from qft.export import require_known
+from qft.export import require_known, write_format
 from qft.export.verify import THRESHOLDS, Thresholds, read_back
 from qft.export.verify import verify as compare
 from qft.held_out import held_out_examples

@@ -40,6 +40,7 @@ _ARCHITECTURES = {
     "Qwen2ForCausalLM": (gguf.MODEL_ARCH.QWEN2, False),
 }
 _HEADER_SLACK_BYTES = 2**20
+_LARGEST_F16 = 65504
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,11 @@ class GGUFPlan:
         value = self.source.read(tensor.name)
         if tensor.heads:
             value = reorder_rows(value, tensor.heads)
-        array = value.float().numpy()
-        if (
-            tensor.type == _Type.F16
-            and np.abs(array, where=np.isfinite(array), out=np.zeros_like(array)).max(initial=0)
-            > 65504
-        ):
+        if tensor.type == _Type.F16 and value.abs().max() > _LARGEST_F16:
             raise ModelError("A weight is too large for float16.", where=tensor.name,
                              fix="export to gguf:bf16 or gguf:f32")  # fmt: skip
+        array = value.float().numpy()
+        del value  # one copy of a large embedding less
         data: NDArray[Any] = gguf.quantize(array, tensor.type)
         return data
 

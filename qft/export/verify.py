@@ -298,11 +298,11 @@ def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, **options
         )
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+    except Exception as error:  # broken files make that loader raise anything
         raise ModelError(
             "The GGUF file cannot be opened by transformers.",
             where=file,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
             fix="run it with llama.cpp",
         ) from error
     return model.eval().requires_grad_(False)

@@ -66,7 +66,7 @@ class SeededDropout(nn.Dropout):
         if moment is None or input.is_meta or input.shape[0] != len(moment.samples):
             return nn.functional.dropout(input, self.p, True)
         seeds = _seeds(self.clock.seed, moment, self.module_name)
-        output: Tensor = _Drop.apply(input, self.p, seeds, moment.lengths)
+        output: Tensor = _Drop.apply(input, self.p, seeds, moment.lengths)  # type: ignore[no-untyped-call]
         return output
 
 

@@ -69,7 +69,9 @@ class OutputScale(Strategy):
         """Writes output_scale.safetensors and output_scale.json."""
         from safetensors.torch import save_file
 
-        tensors = {name: delta.detach().cpu().contiguous() for name, delta in _deltas(model).items()}
+        tensors = {
+            name: delta.detach().cpu().contiguous() for name, delta in _deltas(model).items()
+        }
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         text = json.dumps({"format": 1, **self.model_dump(mode="json")}, indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -107,7 +109,8 @@ class OutputScale(Strategy):
         """The linear layers below the model's head; quantized ones are subclasses of nn.Linear."""
         from torch import nn
 
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        find_head: Any = getattr(model, "get_output_embeddings", None)
+        head = find_head() if find_head else None
         wanted = None if self.targets == "all-linear" else self.targets
         names = {wanted} if isinstance(wanted, str) else wanted
         return {
@@ -158,7 +161,8 @@ class OutputScaleMerge:
 
 def _scale_output(module: Any, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
     # the product in float32: near one, bfloat16 has steps of a hundredth
-    return (output * (1 + getattr(module, PARAMETER))).to(output.dtype)
+    delta: Tensor = getattr(module, PARAMETER)
+    return (output * (1 + delta)).to(output.dtype)
 
 
 def _deltas(model: nn.Module) -> dict[str, Tensor]:
