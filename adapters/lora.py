@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -89,6 +90,8 @@ class LoRA(PeftStrategy):
         unknown = [key for key in _UNKNOWN_FEATURES if values.get(key)]
         if values.get("init_lora_weights") not in (True, False, None, "gaussian"):
             unknown.append("init_lora_weights")
+        if values.get("modules_to_save") and values.get("task_type") != "SEQ_CLS":
+            unknown.append("modules_to_save")
         if unknown:
             raise AdapterError(
                 "This LoRA folder uses what qft's lora cannot express.",
@@ -130,25 +133,41 @@ class LoRAMerge:
         self._shapes = {name: base.shape(name) for name in base.names()}
         named = {module_name(name): tensor for name, tensor in tensors.items()}
         for name, tensor in named.items():
-            if name.endswith(".lora_A.weight"):
-                target = name.removesuffix(".lora_A.weight")
-                self._factors[f"{target}.weight"] = (named[f"{target}.lora_B.weight"], tensor)
-            elif not name.endswith(".lora_B.weight"):
+            target = re.sub(r"\.lora_[AB]\.weight$", "", name)
+            up, down = f"{target}.lora_B.weight", f"{target}.lora_A.weight"
+            if target == name:
                 self._replaced[name.replace(".base_layer.", ".")] = tensor
-        self._check(folder)
+            elif up in named and down in named:
+                self._factors[f"{target}.weight"] = (named[up], named[down])
+            else:
+                raise AdapterError("The adapter holds half an update.", where=folder, found=name)
+        self._check(values, folder)
 
-    def _check(self, folder: Path) -> None:
+    def _check(self, values: Mapping[str, Any], folder: Path) -> None:
         for name, (up, down) in self._factors.items():
             shape = (up.shape[0], down.shape[1])
             shape = shape[::-1] if self._transposed else shape
-            if self._shapes.get(name) != shape:
-                found = self._shapes.get(name, "no such tensor in this base")
+            if not up.shape[1] == down.shape[0] == values.get("r"):
                 raise AdapterError(
-                    "The adapter was made for another base model.",
+                    "The adapter's weights are not of the rank that its config says.",
                     where=f"{folder}: {name}",
-                    found=f"adapter {shape}, base {found}",
-                    fix="name the base model it was trained on",
+                    found=f"{up.shape[1]} and {down.shape[0]}, config {values.get('r')}",
                 )
+            if self._shapes.get(name) != shape:
+                raise _another_base(folder, name, shape, self._shapes.get(name))
+        heads = set(values.get("modules_to_save") or ())
+        for name, tensor in self._replaced.items():
+            if "lora_" in name:
+                raise AdapterError(
+                    "This LoRA folder uses what qft's lora cannot express.",
+                    where=folder,
+                    found=name,
+                    fix="merge it with PEFT itself",
+                )
+            if heads & set(name.split(".")):
+                continue  # a new head, or one in the place of a former
+            if self._shapes.get(name) != tuple(tensor.shape):
+                raise _another_base(folder, name, tuple(tensor.shape), self._shapes.get(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a merged tensor."""
@@ -173,6 +192,17 @@ class LoRAMerge:
     def config_changes(self) -> Mapping[str, Any]:
         """None: the model keeps its shape."""
         return {}
+
+
+def _another_base(
+    folder: Path, name: str, shape: tuple[int, ...], found: tuple[int, ...] | None
+) -> AdapterError:
+    return AdapterError(
+        "The adapter was made for another base model.",
+        where=f"{folder}: {name}",
+        found=f"adapter {shape}, base {found or 'has no such tensor'}",
+        fix="name the base model it was trained on",
+    )
 
 
 def _is_classifier(model: nn.Module) -> bool:

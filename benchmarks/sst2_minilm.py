@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "sst2_minilm.jsonl"
 STRATEGIES: dict[str, dict[str, Any]] = {
     "head": {
         "strategy": {"name": "head"},
-        "train": {"epochs": 3, "batch_size": 32, "learning_rate": 1e-2},
+        "train": {"epochs": 2, "batch_size": 32, "learning_rate": 1e-2},
     },
     "lora": {
         "strategy": {"name": "lora", "rank": 16, "alpha": 32},
@@ -51,7 +51,7 @@ def recipe(data: Path, name: str, quantize: str, output: Path) -> qft.Recipe:
             },
             "strategy": settings["strategy"],
             "quantize": quantize,
-            "memory": {"micro_batch": 32},
+            "memory": {"micro_batch": 32, "checkpointing": "none"},
             "train": {"max_length": 128, **settings["train"]},
             "output": str(output),
         }

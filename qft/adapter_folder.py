@@ -133,7 +133,7 @@ def _peft_config(folder: Path) -> dict[str, Any]:
 
 def _check_base(card: dict[str, Any], base: Path, source: str, folder: Path) -> None:
     found = models.fingerprint(base)
-    if found != card["base_fingerprint"]:
+    if found not in (card["base_fingerprint"], card.get("original_fingerprint")):
         raise AdapterError(
             "The adapter was made for another base model.",
             where=folder,

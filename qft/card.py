@@ -20,6 +20,7 @@ def make_card(
     *,
     base: str,
     base_fingerprint: str,
+    original_fingerprint: str | None,
     task: str,
     labels: tuple[str, ...] | None,
     pooling: str,
@@ -33,6 +34,7 @@ def make_card(
     Args:
         base: hub id, or the folder's absolute path.
         base_fingerprint: from :func:`qft.models.fingerprint`.
+        original_fingerprint: of the model a base stored quantized was made from, where it says so.
         max_length: the longest sequence it trained on, in tokens.
     """
     return {
@@ -42,6 +44,7 @@ def make_card(
         "pooling": pooling,
         "base": base,
         "base_fingerprint": base_fingerprint,
+        "original_fingerprint": original_fingerprint,
         "quantize": quantize,
         "dtype": dtype,
         "max_length": max_length,

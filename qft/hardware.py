@@ -116,7 +116,8 @@ def device_memory(device: str) -> tuple[int, int]:
         import torch
 
         return torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
-    return resident_bytes(), peak_resident_bytes()
+    now = resident_bytes()  # the kernel counts the two in different ways
+    return now, max(now, peak_resident_bytes())
 
 
 def free_memory_bytes(device: str) -> int | None:

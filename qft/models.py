@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import nn
 
 from qft import hardware, quantization
 from qft.errors import ModelError, RecipeError
+from qft.files import file_hash
 from qft.pooling import install_pooling, resolve_pooling
 from qft.shards import ShardedCheckpoint
 
@@ -30,6 +31,7 @@ AUTO_CLASSES = {
     "chat": "AutoModelForCausalLM",
     "classify": "AutoModelForSequenceClassification",
 }
+ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -247,6 +249,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
             found=f"stored {stored_kind(stored)}, asked {spec.quantize}",
             fix=f"quantize: {stored_kind(stored)}, or name the original model",
         )
+    else:
+        _keep_new_heads(folder, spec, stored)
     try:
         model: nn.Module = _auto_class(spec.task).from_pretrained(
             folder,
@@ -272,6 +276,18 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     return model
 
 
+def _keep_new_heads(folder: Path, spec: ModelSpec, stored: Any) -> None:
+    """A head that a quantized folder does not hold is new, and must not be quantized."""
+    if not isinstance(stored, dict) or not any(folder.glob("*.safetensors")):
+        return
+    checkpoint = ShardedCheckpoint(folder)
+    names = checkpoint.names()
+    checkpoint.close()
+    kept = quantization.unquantized_modules(open_skeleton(folder, spec))
+    new = [head for head in kept if not any(name.startswith(f"{head}.") for name in names)]
+    stored["llm_int8_skip_modules"] = sorted({*(stored.get("llm_int8_skip_modules") or []), *new})
+
+
 def stored_kind(stored: Any) -> str:
     """``int8``, ``nf4``, ``fp4`` or another method's name, of a stored quantization config."""
     values = stored if isinstance(stored, dict) else stored.to_dict()
@@ -280,6 +296,12 @@ def stored_kind(stored: Any) -> str:
     if values.get("load_in_4bit"):
         return str(values.get("bnb_4bit_quant_type", "fp4"))
     return str(values.get("quant_method", "unknown"))
+
+
+def held_as(config: Mapping[str, Any], asked: str) -> str:
+    """How the base's weights are held: as the folder stores them, else as the recipe asks."""
+    stored = config.get("quantization_config")
+    return stored_kind(stored) if stored else asked
 
 
 def open_tokenizer(folder: Path, trust: Trust | None = None) -> Any:
@@ -337,10 +359,24 @@ def fingerprint(folder: Path) -> str:
 
     It reads headers and the first 4 KiB of every tensor's data, so it takes no longer for a 70B.
     """
-    digest = hashlib.sha256()
+    pickles = sorted(folder.glob("*.bin"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        return _pickles_fingerprint(pickles)
     checkpoint = ShardedCheckpoint(folder)
-    for name in sorted(checkpoint.names()):
-        digest.update(f"{name} {checkpoint.shape(name)} {checkpoint.dtype(name)}".encode())
-        digest.update(checkpoint.head(name, 4096))
+    found = checkpoint.fingerprint()
     checkpoint.close()
+    return found
+
+
+def _pickles_fingerprint(files: Sequence[Path]) -> str:
+    """Of the files as they lie there: what is in a pickle is not to be had without loading it."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {file_hash(path)}".encode())
     return digest.hexdigest()[:32]
+
+
+def original_fingerprint(config: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the model that a folder of qft's was quantized from, if it says so."""
+    value = config.get(ORIGINAL_KEY)
+    return value if isinstance(value, str) else None

@@ -11,6 +11,7 @@ def quiet_libraries() -> None:
     """For command lines only; a Python caller's logging is left alone."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     warnings.filterwarnings("ignore")
     for name in ("bitsandbytes", "peft", "accelerate", "datasets", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -24,6 +24,11 @@ Quantize = Literal["none", "int8", "nf4", "fp4"]
 ColumnName = str | int
 
 
+def _number_as_name(value: Any) -> Any:
+    """YAML reads the class 0 as a number; its name is "0"."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class Settings(BaseModel):
     """A group of knobs; an unknown key is an error, never ignored."""
 
@@ -54,7 +59,7 @@ class Data(Settings):
     columns: Columns = Field(default_factory=Columns, description="column names to override")
     limit: int | None = Field(None, ge=1, description="use only this many training rows")
     eval_limit: int | None = Field(None, ge=1, description="use only this many held-out rows")
-    labels: tuple[str, ...] | None = Field(
+    labels: tuple[Annotated[str, BeforeValidator(_number_as_name)], ...] | None = Field(
         None, description="the classes in order; else those of the training rows, sorted"
     )
     too_long: Literal["error", "truncate", "drop"] = Field(

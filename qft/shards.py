@@ -9,6 +9,7 @@ a JSON header, then the tensors' bytes without holes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -28,6 +29,7 @@ INDEX = "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100 * 2**20  # what the reference implementation allows
 _MAX_INDEX_BYTES = 100 * 2**20
 _LENGTH_BYTES = 8
+_HEAD_BYTES = 4096  # of each tensor, for a fingerprint
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -47,6 +49,28 @@ DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+
+
+class Fingerprint:
+    """Tells one model from another: a hash of every tensor's name, shape, dtype and first bytes."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, bytes] = {}
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, head: bytes) -> None:
+        """One tensor, in any order; ``head`` is its first 4 KiB."""
+        self._parts[name] = f"{name} {shape} {dtype}".encode() + head
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """One tensor, on the CPU."""
+        first = tensor.detach().reshape(-1)[:_HEAD_BYTES].contiguous()
+        head = first.view(torch.uint8)[:_HEAD_BYTES].numpy().tobytes()
+        self.add(name, tuple(tensor.shape), tensor.dtype, head)
+
+    def text(self) -> str:
+        """The hash over all that was added."""
+        parts = b"".join(self._parts[name] for name in sorted(self._parts))
+        return hashlib.sha256(parts).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -238,6 +262,13 @@ class ShardedCheckpoint:
         buffer = bytearray(min(count, entry.bytes))
         self._fill(path, entry, buffer)
         return bytes(buffer)
+
+    def fingerprint(self) -> str:
+        """See :class:`Fingerprint`; only headers and the heads of the tensors are read."""
+        found = Fingerprint()
+        for name in self.names():
+            found.add(name, self.shape(name), self.dtype(name), self.head(name, _HEAD_BYTES))
+        return found.text()
 
     def _fill(self, path: Path, entry: Entry, buffer: bytearray) -> None:
         stream = self._streams.get(path)

@@ -202,11 +202,12 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     spec = spec_of(recipe, training.labels)
     skeleton = models.open_skeleton(base, spec)
     needs = recipe.strategy.needs(skeleton)
+    held = models.held_as(models.read_config(base), recipe.quantize)
     started = time.monotonic()
     model = models.open_model(base, spec, keep=needs.full_precision)
     reporter.say(
         f"model: {sum(p.numel() for p in skeleton.parameters()) / 1e6:.1f} M parameters, "
-        f"{recipe.quantize if recipe.quantize != 'none' else str(chosen.dtype)[6:]}, "
+        f"{held if held != 'none' else str(chosen.dtype)[6:]}, "
         f"loaded in {time.monotonic() - started:.1f} s"
     )
     context = _context(recipe, needs, base, skeleton, training, task, tokenizer)
@@ -246,6 +247,13 @@ def _context(
     total = recipe.train.max_steps or -int(-steps * recipe.train.epochs // 1)
     original: Callable[[str], torch.Tensor] | None = None
     if needs.original_weights:
+        if models.held_as(models.read_config(base), "none") != "none":
+            raise RecipeError(
+                f"The strategy {recipe.strategy.name!r} needs the unquantized weights.",
+                where="model",
+                found="a model that is stored quantized",
+                fix="name the original model; `quantize` holds it in 4 or 8 bits",
+            )
         tensors = ModuleTensors(ShardedCheckpoint(base), models.module_names(base, skeleton))
         original = tensors.read
     return Context(
@@ -278,13 +286,15 @@ def _card(
 ) -> dict[str, Any]:
     local = Path(recipe.model).expanduser()
     config: Any = skeleton.config
+    stored = models.read_config(base)
     return make_card(
         base=str(local.resolve()) if local.is_dir() else recipe.model,
         base_fingerprint=models.fingerprint(base),
+        original_fingerprint=models.original_fingerprint(stored),
         task=recipe.task,
         labels=training.labels,
         pooling=getattr(config, "qft_pooling", "auto"),
-        quantize=recipe.quantize,
+        quantize=models.held_as(stored, recipe.quantize),
         dtype=str(chosen.dtype).removeprefix("torch."),
         strategy=settings_of(recipe.strategy),
         max_length=recipe.train.max_length,
@@ -376,7 +386,7 @@ def _finish(
         "data_fingerprint": opened.train.fingerprint,
         "device": chosen.device,
         "dtype": str(chosen.dtype).removeprefix("torch."),
-        "quantize": recipe.quantize,
+        "quantize": opened.card["quantize"],
         "versions": hardware.versions(),
         "training": report,
         "metrics": metrics,

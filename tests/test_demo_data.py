@@ -239,6 +239,8 @@ def test_the_base_has_learned_and_is_small() -> None:
 def test_the_bases_tokenizer_and_chat_template() -> None:
     from transformers import AutoTokenizer
 
+    from qft.data.chat import mask_assistant
+
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     text = "def f(x=1234):\n\treturn 'é 漢字 🙂'  # two  spaces\n\n\n    pass"
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -248,11 +250,8 @@ def test_the_bases_tokenizer_and_chat_template() -> None:
     assert tokenizer.apply_chat_template(chat, tokenize=False) == f"{start}Return 1.<|im_end|>\n"
     prompt = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     assert prompt == start
-    encoded = tokenizer.apply_chat_template(
-        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-    answer = [token for token, is_answer in pairs if is_answer]
+    input_ids, labels = mask_assistant(tokenizer, chat)
+    answer = [token for token, label in zip(input_ids, labels, strict=True) if label != -100]
     assert tokenizer.decode(answer) == "Return 1.<|im_end|>"
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|pad|>")
     assert tokenizer.bos_token is None

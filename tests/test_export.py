@@ -29,7 +29,7 @@ from transformers import (
 
 from qft import models, quantization
 from qft.errors import ModelError, OutputExistsError, RecipeError, SaveError
-from qft.export import FORMATS, write_format
+from qft.export.formats import FORMATS, write_format
 from qft.export.gguf_format import reorder_rows
 from qft.export.gguf_tokenizer import read_vocabulary
 from qft.export.verify import read_back

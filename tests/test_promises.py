@@ -31,8 +31,8 @@ _PLACES = """
     preparation step checkpoints trainer evaluation held_out
     merging.side_files merging.tensors merging.merge
     training
-    export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format export
-    export.verify opening generation scoring export.delivery
+    export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
+    export.formats export.verify opening generation scoring export.delivery export
     demo.docstrings demo.job
     cli
 """

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from qft import models
 from qft.errors import ModelError, VerificationError
-from qft.export import FORMATS, write_format
+from qft.export.formats import FORMATS, write_format
 from qft.export.verify import FILE, THRESHOLDS, Thresholds, read_back, verify
 from qft.merging.merge import open_source
 

@@ -81,9 +81,9 @@ def demo_recipe(out: Path, seed: int) -> Recipe:
             "quantize": "nf4",
             "memory": {"checkpointing": "full", "micro_batch": 16},
             "train": {
-                "epochs": 3,
+                "epochs": 2,
                 "batch_size": 16,
-                "learning_rate": 2e-3,
+                "learning_rate": 1e-3,
                 "max_length": 256,
                 "eval_every": 10_000,  # once, at the end
                 "seed": seed,

@@ -21,6 +21,7 @@ from qft import quantization
 from qft.errors import ModelError
 from qft.merging.merge import Progress, TensorSource, write_config
 from qft.merging.side_files import copy_files
+from qft.models import ORIGINAL_KEY
 from qft.shard_writer import Spec, write_shards
 from qft.shards import tensor_bytes
 
@@ -200,9 +201,13 @@ def _linears(skeleton: nn.Module, skip: list[str]) -> dict[str, bool]:
 def write_bnb(
     plan: BnbPlan, folder: Path, max_shard_bytes: int, progress: Progress | None = None
 ) -> None:
-    """Writes the quantized model folder."""
-    write_config(plan.source, folder, quantization_config=plan.quantization_config())
+    """Writes the quantized model folder; its config says which model it was quantized from."""
     copy_files(plan.source.files, folder)
     write_shards(
         folder, plan.specs, plan.produce, max_shard_bytes=max_shard_bytes, progress=progress
     )
+    changes = {
+        "quantization_config": plan.quantization_config(),
+        ORIGINAL_KEY: plan.source.fingerprint(),
+    }
+    write_config(plan.source, folder, **changes)

@@ -19,7 +19,7 @@ from qft import hardware, models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.data.tasks import TASKS, ExampleSet, Task, pad_id
 from qft.errors import RecipeError
-from qft.export import require_known, write_format
+from qft.export.formats import require_known, write_format
 from qft.export.verify import THRESHOLDS, Thresholds, read_back
 from qft.export.verify import verify as compare
 from qft.held_out import held_out_examples

@@ -48,3 +48,7 @@ class InDtype:
             ModelError: a finite value is too large for float16.
         """
         return rounded(name, self._source.read(name), self.dtype(name))
+
+    def fingerprint(self) -> str:
+        """Of the source, before the conversion."""
+        return self._source.fingerprint()

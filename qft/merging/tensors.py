@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import AdapterError, ModelError
-from qft.shards import ShardedCheckpoint, tensor_bytes
+from qft.shards import Fingerprint, ShardedCheckpoint, tensor_bytes
 from qft.strategy import Merge
 
 
@@ -39,6 +39,9 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+
+    def fingerprint(self) -> str:
+        """Of the model (see :class:`qft.shards.Fingerprint`), once all of it was read."""
 
 
 class ModuleTensors:
@@ -117,6 +120,7 @@ class MergedTensors:
         self.files: Mapping[str, Path] = dict(files or {})
         self.changed: set[str] = set()  # names whose value was read and is not the base's
         self._stored = set(base.names())
+        self._fingerprint = Fingerprint()
         self._check_tied()
 
     def _check_tied(self) -> None:
@@ -176,7 +180,15 @@ class MergedTensors:
             merged = stored if self._merge is None else self._merge.edit(module, stored)
         if merged is not stored:
             self.changed.add(name)
-        return rounded(name, merged, self.dtype(name))
+        result = rounded(name, merged, self.dtype(name))
+        self._fingerprint.add_tensor(name, result)
+        return result
+
+    def fingerprint(self) -> str:
+        """Of the base as it is, or of the folder a merge would write, once all of it was read."""
+        if self._merge is None and self._dtype is None:
+            return self._base.fingerprint()
+        return self._fingerprint.text()
 
     def close(self) -> None:
         """Closes the base's files."""
