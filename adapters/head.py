@@ -56,7 +56,8 @@ class Head(Strategy):
 
         tensors = {name: t.detach().cpu().contiguous() for name, t in _tensors(model).items()}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        text = json.dumps({"format": 1, "strategy": "head", "modules": _heads(model)}, indent=2)
+        values = {"format": 1, "strategy": "head", "tensors": sorted(tensors)}
+        text = json.dumps(values, indent=2)
         (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 
     def load(self, model: nn.Module, folder: Path) -> None:
@@ -131,13 +132,26 @@ def _read(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        return load_file(folder / WEIGHTS_FILE)
+        tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             "The head's weights are missing or broken.",
             where=folder / WEIGHTS_FILE,
             found=error,
         ) from None
+    try:
+        named = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["tensors"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError("The head's description cannot be read.",
+                           where=folder / CONFIG_FILE, found=error) from None  # fmt: skip
+    if sorted(tensors) != named:
+        raise AdapterError(
+            f"The head's weights are not the tensors that {CONFIG_FILE} names.",
+            where=folder / WEIGHTS_FILE,
+            found=", ".join(sorted(tensors)),
+            fix=f"it must hold {named}",
+        )
+    return tensors
 
 
 def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,39 +1,30 @@
-"""`train`: from a recipe to a run folder.
-
-runs/support-bot/
-  recipe.yaml      the resolved recipe, every default written out
-  run.json         versions, device, times, memory, throughput, metrics
-  metrics.jsonl    one line a logged step or evaluation
-  adapter/         the result, in PEFT's format where it has one
-  checkpoints/     what --resume continues from
-"""
+"""`train`: from a recipe to a run folder (`qft.run_folder` says what it holds)."""
 
 from __future__ import annotations
 
-import json
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
-from qft import checkpoints, hardware, models
+from qft import hardware, models
 from qft.card import make_card, write_card
 from qft.data.tasks import TASKS, ExampleSet, Task, load_train_eval, pad_id
-from qft.errors import Interrupted, OutputExistsError, RecipeError
+from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
-from qft.files import new_folder, read_json, require_absent, write_json, write_text
+from qft.files import new_folder, write_json
 from qft.merging.merge import ModuleTensors
 from qft.preparation import prepare, prepared
-from qft.progress import QUIET, Bar, Reporter, human_bytes
-from qft.recipe import Recipe, build_recipe
+from qft.progress import QUIET, Reporter, human_bytes
+from qft.recipe import Recipe
 from qft.registry import settings_of
+from qft.run_folder import create_run_folder, find_start
+from qft.run_watch import RunWatch, interruptible
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context, Needs
 from qft.trainer import Job, StepTrainer
@@ -90,13 +81,13 @@ def train(
     """
     folder = Path(recipe.output)
     _check_task(recipe)
-    start = _find_start(folder, recipe, resume, overwrite, reporter)
+    start = find_start(folder, recipe, resume, overwrite, reporter)
     set_seed(recipe.train.seed)
     hardware_choice = hardware.choose(recipe.device, recipe.dtype)
     reporter.say(f"device: {hardware_choice.reason}")
     opened = _open(recipe, hardware_choice, reporter)
     if not resume:  # only now: bad data or a bad model must not cost a former run
-        _create_run_folder(folder, recipe)
+        create_run_folder(folder, recipe)
     trainer = _make_trainer(recipe, opened, folder, reporter)
     report = _run(trainer, recipe, start, folder, reporter)
     return _finish(recipe, opened, trainer, report, folder, reporter)
@@ -129,60 +120,6 @@ def _check_task(recipe: Recipe) -> None:
         raise RecipeError(
             f"The objective {strategy.objective.kind!r} is not available in this version.",
             where="strategy",
-        )
-
-
-def _find_start(
-    folder: Path, recipe: Recipe, resume: bool | str, overwrite: bool, reporter: Reporter
-) -> Path | None:
-    """The checkpoint to go on from, or None for a new run, whose place must be free."""
-    if not resume:
-        if not overwrite and (folder / "checkpoints").is_dir():
-            raise OutputExistsError(
-                "The output folder holds a former run.",
-                where=folder,
-                fix="--resume to go on with it, --overwrite to replace it, or another output",
-            )
-        require_absent(folder, overwrite=overwrite)
-        return None
-    _check_same_recipe(folder, recipe)
-    if isinstance(resume, str):
-        named = Path(resume)
-        checkpoints.require_complete(named)
-        return named
-    found, skipped = checkpoints.newest_complete(folder / "checkpoints")
-    for line in skipped:
-        reporter.say(f"skipped {line}")
-    reporter.say(f"resuming from {found.name}" if found else "no checkpoint yet: from the start")
-    return found
-
-
-def _create_run_folder(folder: Path, recipe: Recipe) -> None:
-    with new_folder(folder, overwrite=True) as temporary:
-        write_text(temporary / "recipe.yaml", recipe.to_yaml())
-        (temporary / "checkpoints").mkdir()
-
-
-# What may change between the parts of one run, since it changes no update.
-_MAY_CHANGE = {"memory", "device"}
-
-
-def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    import yaml
-
-    path = folder / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError("There is no run to resume.", where=folder,
-                          fix="leave out --resume")  # fmt: skip
-    before = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
-    then, now = before.to_dict(), recipe.to_dict()
-    changed = [k for k in now if k not in _MAY_CHANGE | {"output"} and then.get(k) != now[k]]
-    if changed:
-        raise RecipeError(
-            "The recipe is not the one this run began with.",
-            where=path,
-            found=f"changed: {', '.join(changed)}",
-            fix="resume with the run's own recipe.yaml, or train into another output",
         )
 
 
@@ -332,12 +269,14 @@ def _run(
 ) -> dict[str, Any]:
     """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on."""
     device = next(trainer.trained.parameters()).device.type
-    watcher = _Watcher(trainer, folder / "metrics.jsonl", device, reporter)
+    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter)
     trainer.add_callback(watcher)
     before = _begin_measuring(device)
-    with _interruptible(watcher):
-        result = trainer.train(resume_from_checkpoint=str(start) if start else None)
-    watcher.close()
+    try:
+        with interruptible(watcher):
+            result = trainer.train(resume_from_checkpoint=str(start) if start else None)
+    finally:
+        watcher.close()
     if watcher.stop_asked:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step}; a checkpoint is saved.",
@@ -399,108 +338,3 @@ def _finish(
     for name, value in metrics.items():
         reporter.say(f"eval {name}: {value:.4f}")
     return RunResult(folder, metrics, full, trainer.trained)
-
-
-class _Watcher(TrainerCallback):
-    """Counts, shows and logs; ends the run after the step at hand when asked to."""
-
-    def __init__(self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter) -> None:
-        self._trainer = trainer
-        self._log = log
-        self._device = device
-        self._reporter = reporter
-        self._bar: Bar | None = None
-        self._context: Any = None
-        self._started = 0.0
-        self.seconds = 0.0
-        self.tokens = 0
-        self.items = 0
-        self.replays = 0
-        self.stop_asked = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        keep_lines_up_to(self._log, state.global_step)
-        self._context = self._reporter.bar("train", state.max_steps)
-        self._bar = self._context.__enter__()
-        self._started = time.monotonic()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._started = time.monotonic()  # evaluation and saving do not count as training time
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        result = self._trainer.last_result
-        assert result is not None
-        assert self._bar is not None
-        self.seconds += time.monotonic() - self._started
-        self.tokens += result.tokens
-        self.items += result.items
-        if result.replays:
-            self.replays += result.replays
-            self._reporter.say(
-                f"step {state.global_step}: out of memory, micro-batch is now "
-                f"{result.micro_batch}; the same samples were replayed"
-            )
-        now, peak = hardware.device_memory(self._device)
-        self._bar.update(
-            state.global_step,
-            f"loss {result.loss.item():.3f}  {self.tokens / max(self.seconds, 1e-9):.0f} tok/s  "
-            f"memory {human_bytes(now)}, peak {human_bytes(peak)}",
-        )
-        if self.stop_asked:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
-    ) -> None:
-        line = {"step": state.global_step, **(logs or {})}
-        with self._log.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
-        if self._bar is not None and logs and "eval_loss" in logs:
-            shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in logs.items() if k.startswith("eval_"))
-            self._reporter.say(f"step {state.global_step}: held-out {shown}")
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._context is not None:
-            self._context.__exit__(None, None, None)
-
-
-def keep_lines_up_to(log: Path, step: int) -> None:
-    """Drops what a run that was killed had logged past the checkpoint it goes on from."""
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError):
-            break  # half a line: the process died writing it
-        kept.append(line)
-    write_text(log, "".join(line + "\n" for line in kept))
-
-
-@contextmanager
-def _interruptible(watcher: _Watcher) -> Iterator[None]:
-    """The first Ctrl-C ends after the step at hand; a second one at once."""
-
-    def ask(number: int, frame: Any) -> None:
-        if watcher.stop_asked:
-            raise KeyboardInterrupt
-        watcher.stop_asked = True
-
-    try:
-        former = signal.signal(signal.SIGINT, ask)
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, former)
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json says of a finished run."""
-    return dict(read_json(folder / "run.json"))

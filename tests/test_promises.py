@@ -28,7 +28,7 @@ _PLACES = """
     quantization pooling shards shard_writer models adapter_folder
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
     data.classify data.tasks
-    preparation step checkpoints trainer evaluation held_out
+    preparation step checkpoints run_folder trainer run_watch evaluation held_out
     merging.side_files merging.tensors merging.merge
     training
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format

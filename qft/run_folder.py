@@ -1,0 +1,74 @@
+"""The run folder: its place is free, or it is a run to go on with.
+
+runs/support-bot/
+  recipe.yaml      the resolved recipe, every default written out
+  run.json         versions, device, times, memory, throughput, metrics
+  metrics.jsonl    one line a logged step or evaluation
+  adapter/         the result, in PEFT's format where it has one
+  checkpoints/     what --resume continues from
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from qft import checkpoints
+from qft.errors import OutputExistsError, RecipeError
+from qft.files import new_folder, require_absent, write_text
+from qft.progress import Reporter
+from qft.recipe import Recipe, build_recipe
+
+
+def find_start(
+    folder: Path, recipe: Recipe, resume: bool | str, overwrite: bool, reporter: Reporter
+) -> Path | None:
+    """The checkpoint to go on from, or None for a new run, whose place must be free."""
+    if not resume:
+        if not overwrite and (folder / "checkpoints").is_dir():
+            raise OutputExistsError(
+                "The output folder holds a former run.",
+                where=folder,
+                fix="--resume to go on with it, --overwrite to replace it, or another output",
+            )
+        require_absent(folder, overwrite=overwrite)
+        return None
+    _check_same_recipe(folder, recipe)
+    if isinstance(resume, str):
+        named = Path(resume)
+        checkpoints.require_complete(named)
+        return named
+    found, skipped = checkpoints.newest_complete(folder / "checkpoints")
+    for line in skipped:
+        reporter.say(f"skipped {line}")
+    reporter.say(f"resuming from {found.name}" if found else "no checkpoint yet: from the start")
+    return found
+
+
+def create_run_folder(folder: Path, recipe: Recipe) -> None:
+    """Makes the folder, replacing a former run, with the resolved recipe in it."""
+    with new_folder(folder, overwrite=True) as temporary:
+        write_text(temporary / "recipe.yaml", recipe.to_yaml())
+        (temporary / "checkpoints").mkdir()
+
+
+# What may change between the parts of one run, since it changes no update.
+_MAY_CHANGE = {"memory", "device"}
+
+
+def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    path = folder / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError("There is no run to resume.", where=folder,
+                          fix="leave out --resume")  # fmt: skip
+    before = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+    then, now = before.to_dict(), recipe.to_dict()
+    changed = [k for k in now if k not in _MAY_CHANGE | {"output"} and then.get(k) != now[k]]
+    if changed:
+        raise RecipeError(
+            "The recipe is not the one this run began with.",
+            where=path,
+            found=f"changed: {', '.join(changed)}",
+            fix="resume with the run's own recipe.yaml, or train into another output",
+        )

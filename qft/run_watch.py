@@ -1,0 +1,122 @@
+"""Counts, shows and logs a training while it runs, and ends it in good order on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from qft import hardware
+from qft.files import explain_write_errors, write_text
+from qft.progress import Bar, Reporter, human_bytes
+from qft.trainer import StepTrainer
+
+
+class RunWatch(TrainerCallback):
+    """Counts, shows and logs; ends the run after the step at hand when asked to."""
+
+    def __init__(self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter) -> None:
+        self._trainer = trainer
+        self._log = log
+        self._device = device
+        self._reporter = reporter
+        self._bar: Bar | None = None
+        self._context: Any = None
+        self._started = 0.0
+        self.seconds = 0.0
+        self.tokens = 0
+        self.items = 0
+        self.replays = 0
+        self.stop_asked = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar; drops log lines past the checkpoint."""
+        keep_lines_up_to(self._log, state.global_step)
+        self._context = self._reporter.bar("train", state.max_steps)
+        self._bar = self._context.__enter__()
+        self._started = time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock: evaluation and saving do not count as training time."""
+        self._started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Counts and shows the step; stops here where Ctrl-C asked for it."""
+        result = self._trainer.last_result
+        assert result is not None
+        assert self._bar is not None
+        self.seconds += time.monotonic() - self._started
+        self.tokens += result.tokens
+        self.items += result.items
+        if result.replays:
+            self.replays += result.replays
+            self._reporter.say(
+                f"step {state.global_step}: out of memory, micro-batch is now "
+                f"{result.micro_batch}; the same samples were replayed"
+            )
+        now, peak = hardware.device_memory(self._device)
+        self._bar.update(
+            state.global_step,
+            f"loss {result.loss.item():.3f}  {self.tokens / max(self.seconds, 1e-9):.0f} tok/s  "
+            f"memory {human_bytes(now)}, peak {human_bytes(peak)}",
+        )
+        if self.stop_asked:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
+    ) -> None:
+        """Appends a line to metrics.jsonl."""
+        line = {"step": state.global_step, **(logs or {})}
+        with explain_write_errors(self._log), self._log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        if self._bar is not None and logs and "eval_loss" in logs:
+            shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in logs.items() if k.startswith("eval_"))
+            self._reporter.say(f"step {state.global_step}: held-out {shown}")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+
+
+def keep_lines_up_to(log: Path, step: int) -> None:
+    """Drops what a run that was killed had logged past the checkpoint it goes on from."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, KeyError):
+            break  # half a line: the process died writing it
+        kept.append(line)
+    write_text(log, "".join(line + "\n" for line in kept))
+
+
+@contextmanager
+def interruptible(watch: RunWatch) -> Iterator[None]:
+    """The first Ctrl-C ends after the step at hand; a second one at once."""
+
+    def ask(number: int, frame: Any) -> None:
+        if watch.stop_asked:
+            raise KeyboardInterrupt
+        watch.stop_asked = True
+
+    try:
+        former = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
