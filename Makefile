@@ -7,6 +7,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 JOBS ?= 2
+OLDEST := $(addprefix tests/,contract test_gradients.py test_lora.py test_head.py test_models.py test_resume.py)
 
 .PHONY: demo test test-slow test-oldest check format clean
 
@@ -22,7 +23,7 @@ test-slow: $(VENV)/.installed-dev
 # The contract on the oldest versions that pyproject.toml allows, in an environment of its own.
 test-oldest:
 	$(MAKE) .venv-oldest/.installed-dev VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) -m "not slow" tests/contract
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) -m "not slow" $(OLDEST)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

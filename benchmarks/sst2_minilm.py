@@ -71,7 +71,6 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", choices=list(STRATEGIES))
     arguments = parser.parse_args()
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name in [arguments.only] if arguments.only else STRATEGIES:
             for quantize in ("none", "nf4"):
@@ -89,10 +88,9 @@ def main() -> None:
                     "tokens_per_second": result.report["training"]["tokens_per_second"],
                     "environment": environment(),
                 }
-                rows.append(row)
+                with RESULTS.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
                 print(json.dumps({k: v for k, v in row.items() if k != "environment"}))
-    with RESULTS.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qft.errors import Interrupted, QftError
+from qft.quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
     from qft.progress import Reporter
@@ -43,6 +44,7 @@ RemoteCode = Annotated[
 
 def main() -> None:
     """The console script: deliberate errors become one message and their exit code."""
+    quiet_libraries()
     try:
         app(standalone_mode=True)
     except QftError as error:
@@ -348,9 +350,7 @@ def recipe(
 
 def _reporter(quiet: bool, as_json: bool) -> Reporter:
     from qft.progress import Reporter
-    from qft.quiet_libraries import quiet_libraries
 
-    quiet_libraries()
     return Reporter(quiet=quiet, stream="stderr" if as_json else "stdout")
 
 

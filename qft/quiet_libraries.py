@@ -6,16 +6,19 @@ import logging
 import os
 import warnings
 
+_SETTINGS = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_LOGGERS = ("bitsandbytes", "peft", "accelerate", "datasets", "torch")
+
 
 def quiet_libraries() -> None:
-    """For command lines only; a Python caller's logging is left alone."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    """For command lines only, before any of them is imported; it imports none itself."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore")
-    for name in ("bitsandbytes", "peft", "accelerate", "datasets", "torch"):
+    for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
