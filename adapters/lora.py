@@ -33,7 +33,7 @@ _UNKNOWN_FEATURES = (
 
 
 class LoRA(PeftStrategy):
-    """``W x + scale · B A x`` with only A, B (and a new head) trained."""
+    """A low-rank update beside each frozen linear layer: W x + scale · B A x."""
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "Hu et al. 2021, https://arxiv.org/abs/2106.09685"

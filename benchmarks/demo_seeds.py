@@ -65,6 +65,7 @@ def main() -> None:
         "environment": environment(),
     }
     write_json(COMMITTED, result)
+    RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"benchmark": "demo_seeds", **result}) + "\n")
     print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=2))

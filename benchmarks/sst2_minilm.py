@@ -67,6 +67,7 @@ def accuracy_in_a_fresh_process(run: Path) -> float:
 
 def main() -> None:
     """Runs the four jobs."""
+    RESULTS.parent.mkdir(exist_ok=True)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", choices=list(STRATEGIES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class AdapterFolder:
             "labels": tuple(labels) if labels else None,
             "pooling": card.get("pooling", "auto"),
             "quantize": card.get("quantize", "none"),
+            "dtype": models.DTYPES.get(str(card.get("dtype"))),
         }
         return models.ModelSpec(**{**settings, **changes})
 
@@ -82,11 +84,12 @@ def locate_adapter(
     folder = adapter_in(path)
     if folder is None:
         interrupted = path / "checkpoints"
+        resume = f"qft train {shlex.quote(str(path / 'recipe.yaml'))} --resume"
         raise AdapterError(
             "There is no adapter here.",
             where=path,
             found="a run that has not finished" if interrupted.is_dir() else None,
-            fix=f"qft train {path / 'recipe.yaml'} --resume, or name one of its checkpoints"
+            fix=f"{resume}, or name one of its checkpoints"
             if interrupted.is_dir()
             else "name the folder of a qft run or of a PEFT adapter",
         )

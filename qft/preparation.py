@@ -111,12 +111,14 @@ def _enable_checkpointing(model: nn.Module) -> bool:
     inner = _inner(model)
     if not getattr(inner, "supports_gradient_checkpointing", False):
         return False
-    # non-reentrant: gradients flow although the frozen embeddings' output requires none
     settings = {"use_reentrant": False}
     if hasattr(inner, "activation_checkpointing_enable"):  # transformers 5.18 and later
         inner.activation_checkpointing_enable(settings)
     else:
         inner.gradient_checkpointing_enable(settings)
+    # transformers makes the embeddings' output require a gradient, which only reentrant
+    # checkpointing needs; it would send the backward pass through every frozen layer
+    inner.disable_input_require_grads()
     return True
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -281,7 +282,7 @@ def _run(
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step}; a checkpoint is saved.",
             where=folder,
-            fix=f"qft train {folder / 'recipe.yaml'} --resume",
+            fix=f"qft train {shlex.quote(str(folder / 'recipe.yaml'))} --resume",
         )
     return {
         "steps": trainer.state.global_step,
@@ -292,7 +293,7 @@ def _run(
         "supervised_items": watcher.items,
         "micro_batch": trainer.micro_batch,
         "replays": watcher.replays,
-        "measured_peak_bytes": hardware.device_memory(device)[1],
+        "measured_peak_bytes": max(before, hardware.device_memory(device)[1]),
         "bytes_before_training": before,
     }
 

@@ -173,6 +173,17 @@ def test_only_for_classification(tiny_llama: Path) -> None:
         Head().attach(skeleton, Context())
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_no_gradient_is_computed_below_the_head(tiny_bert: Path, checkpointing: Any) -> None:
+    """Recomputation must not send the backward pass through the frozen layers."""
+    spec = ModelSpec(str(tiny_bert), task="classify", labels=("a", "b"), device="cpu")
+    model = qft.prepare(open_model(tiny_bert, spec), Head(), checkpointing=checkpointing)
+    output = model(input_ids=IDS, attention_mask=MASK, output_hidden_states=True)
+    assert len(output.hidden_states) == 3
+    assert not any(hidden.requires_grad for hidden in output.hidden_states)
+    assert output.logits.requires_grad
+
+
 def test_what_it_needs(tiny_bert: Path) -> None:
     spec = ModelSpec(str(tiny_bert), task="classify", labels=("a", "b"))
     needs = Head().needs(open_skeleton(tiny_bert, spec))

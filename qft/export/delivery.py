@@ -27,7 +27,6 @@ from qft.merging.merge import MergedTensors, open_source, write_model
 from qft.progress import QUIET, Bar, Reporter, human_bytes
 from qft.shards import ShardedCheckpoint
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _BATCH = 8  # examples a comparison batch
 
 
@@ -62,11 +61,13 @@ def merge(
         VerificationError: the merged model is not the trained one; it stays in ``out`` to look at.
         QftError: anything else qft can explain; nothing is left half-written.
     """
-    if dtype is not None and dtype not in _DTYPES:
-        raise RecipeError("No such dtype.", where="--dtype", found=dtype, fix=", ".join(_DTYPES))
+    if dtype is not None and dtype not in models.DTYPES:
+        raise RecipeError(
+            "No such dtype.", where="--dtype", found=dtype, fix=", ".join(models.DTYPES)
+        )
     found = locate_adapter(source, base=base, strategy=strategy)
     rows = _rows(found, Path(source), data, "without --verify") if verify else None
-    tensors = _open(found, _DTYPES[dtype] if dtype else None)
+    tensors = _open(found, models.DTYPES[dtype] if dtype else None)
     with reporter.bar("merge", tensors.total_bytes()) as bar:
         written = write_model(tensors, out, overwrite=overwrite, progress=bar.advance)
     tensors.close()
