@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from adapters.peft_backed import (
     PeftStrategy,
@@ -46,6 +46,16 @@ class LoRA(PeftStrategy):
     )
     rank_stabilised: bool = Field(False, description="scale is alpha / sqrt(rank) (rsLoRA)")
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train too")
+
+    @field_validator("targets")
+    @classmethod
+    def _is_a_pattern(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return targets
 
     @property
     def mergeable(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qft.errors import AdapterError, RecipeError
+from qft.errors import AdapterError, RecipeError, first_line
 from qft.strategy import Context, Strategy
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class PeftStrategy(Strategy):
             raise RecipeError(
                 f"The strategy {self.name!r} does not fit this model.",
                 where="strategy",
-                found=str(error).splitlines()[0][:300],
+                found=first_line(error),
                 fix="targets: all-linear",
             ) from error
         return wrapped

@@ -22,6 +22,7 @@ import qft
 from qft.hardware import environment
 from qft.progress import Reporter
 
+PRECISIONS = ("none", "nf4")
 RESULTS = Path(__file__).parent / "results" / "sst2_minilm.jsonl"
 STRATEGIES: dict[str, dict[str, Any]] = {
     "head": {
@@ -70,11 +71,12 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--only", choices=list(STRATEGIES))
+    parser.add_argument("--only", choices=list(STRATEGIES), help="one strategy instead of both")
+    parser.add_argument("--quantize", choices=PRECISIONS, help="one precision instead of both")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for name in [arguments.only] if arguments.only else STRATEGIES:
-            for quantize in ("none", "nf4"):
+            for quantize in [arguments.quantize] if arguments.quantize else PRECISIONS:
                 run = Path(folder) / f"{name}-{quantize}"
                 result = qft.train(recipe(arguments.data, name, quantize, run), reporter=Reporter())
                 row = {

@@ -68,8 +68,13 @@ def read_card(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         values = read_json(path)
-        if values["format"] != 1 or not isinstance(values["base"], str):
+        if values["format"] != 1:
             raise ValueError("not a card of format 1")
+        for key in ("base", "base_fingerprint", "task", "pooling", "quantize", "dtype"):
+            if not isinstance(values[key], str):
+                raise ValueError(f"{key} is no text")
+        if not isinstance(values["strategy"], dict):
+            raise ValueError("strategy is no mapping")
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError("The adapter's card cannot be read.", where=path, found=error) from None
     return dict(values)

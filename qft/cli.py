@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import Interrupted, QftError
+from qft.errors import Interrupted, QftError, RecipeError, printable
 from qft.quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def _fail(error: QftError) -> None:
-    print(f"error: {error.text()}", file=sys.stderr)
+    print(f"error: {printable(error.text())}", file=sys.stderr)
     raise SystemExit(error.exit_code) from None
 
 
@@ -121,11 +121,13 @@ def evaluate(
         str | None, typer.Option("--task", help="text, instruct, chat or classify.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only this many rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,
     column: Annotated[
         list[str] | None, typer.Option("--column", help="role=name, for example text=0.")
     ] = None,
-    too_long: Annotated[str, typer.Option(help="error, truncate or drop.")] = "error",
+    too_long: Annotated[
+        str | None, typer.Option(help="error, truncate or drop; a run knows its own.")
+    ] = None,
     base: Base = None,
     strategy: Named = None,
     allow_pickle: Pickle = False,
@@ -176,6 +178,7 @@ def generate(
     opened = open_any(
         source, base=base, strategy=strategy, trust=_trust(allow_pickle, trust_remote_code)
     )
+    _require_writer(opened.task)
     turns = not raw and opened.task in ("chat", "instruct")
     chat = turns and has_template(opened.tokenizer)
     texts = run(
@@ -207,6 +210,7 @@ def chat(
     from qft.opening import open_any
 
     opened = open_any(source, base=base, strategy=strategy)
+    _require_writer(opened.task)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
@@ -227,7 +231,7 @@ def chat(
             seed=seed,
         ):
             parts.append(part)
-            print(_printable(part), end="", flush=True)
+            print(printable(part), end="", flush=True)
         print()
         messages.append({"role": "assistant", "content": "".join(parts)})
 
@@ -360,6 +364,11 @@ def _trust(allow_pickle: bool, remote_code: bool) -> Any:
     return Trust(allow_pickle, remote_code)
 
 
+def _require_writer(task: str) -> None:
+    if task == "classify":
+        raise RecipeError("A classifier writes no text.", fix="qft eval MODEL --data FILE")
+
+
 def _columns(pairs: list[str] | None) -> dict[str, str | int]:
     columns: dict[str, str | int] = {}
     for pair in pairs or []:
@@ -377,14 +386,9 @@ def _print(value: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
         otherwise()
 
 
-def _printable(text: str) -> str:
-    """Without control characters: what a model says must not steer the terminal."""
-    return "".join(c for c in text if c in "\n\t" or c.isprintable())
-
-
 def _plain_texts(texts: list[str]) -> None:
     for text in texts:
-        print(_printable(text))
+        print(printable(text))
 
 
 def _table(values: dict[str, Any], indent: str = "") -> None:

@@ -18,6 +18,17 @@ would *work*; the last three are optional, the first is not.
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Without control characters: what a file or a model says must not steer the terminal."""
+    return "".join(c for c in text if c in "\n\t" or c.isprintable())
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    """An exception's first line, for a message; some have none."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:length] if lines else type(error).__name__
+
+
 class QftError(Exception):
     """An error qft can explain.
 

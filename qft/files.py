@@ -22,6 +22,10 @@ from qft.errors import OutputExistsError, SaveError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".unfinished-"
+_NO_PLACE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG, errno.EBUSY, errno.EINVAL,
+)  # fmt: skip
 _FORMER = f"{_TEMPORARY}former-"
 
 
@@ -39,7 +43,7 @@ def explain_write_errors(path: Path) -> Iterator[None]:
                 found=f"{free_disk_bytes(path) / 2**20:.0f} MiB free",
                 fix="free some space or choose another folder; nothing that existed was changed",
             ) from error
-        if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG):
+        if number in _NO_PLACE:
             raise SaveError(
                 "This place cannot be written to.",
                 where=path,
@@ -96,6 +100,24 @@ def require_absent(path: Path, *, overwrite: bool = False) -> None:
             where=path,
             fix="choose another name, or add --overwrite",
         )
+
+
+def require_apart(out: Path, *sources: Path) -> None:
+    """Refuses an output that is, holds, or lies in what it is made from.
+
+    Raises:
+        OutputExistsError: replacing the output would destroy a source.
+    """
+    target = out.resolve()
+    for source in sources:
+        read = source.resolve()
+        if target == read or target in read.parents or read in target.parents:
+            raise OutputExistsError(
+                "The output and what it is made from must be apart.",
+                where=out,
+                found=f"it is made from {source}",
+                fix="choose a folder of its own",
+            )
 
 
 @contextlib.contextmanager

@@ -5,19 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qft.data.tasks import ExampleSet, load_examples, load_train_eval
 from qft.errors import RecipeError
-from qft.recipe import Columns, Data, Recipe, build_recipe
+from qft.recipe import Columns, Data, Recipe, load_recipe
 
 
 def recipe_of(path: Path) -> Recipe | None:
     """The recipe of the run that ``path`` is or lies in (its adapter, a checkpoint), or None."""
-    for folder in (path, *list(path.absolute().parents)[:3]):
+    path = path.absolute()
+    places = [path]
+    if path.name == "adapter":
+        places.append(path.parent)
+    if "checkpoints" in (path.parent.name, path.parent.parent.name):
+        places += [path.parents[1], path.parents[2]]
+    for folder in places:
         file = folder / "recipe.yaml"
         if file.is_file():
-            return build_recipe(yaml.safe_load(file.read_text(encoding="utf-8")), where=str(file))
+            # the strategy is of no account here, and another's must not import code
+            return load_recipe(file, ["strategy=lora"])
     return None
 
 

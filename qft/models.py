@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from qft import hardware, quantization
-from qft.errors import ModelError, RecipeError
+from qft.errors import ModelError, RecipeError, first_line
 from qft.files import file_hash
 from qft.pooling import install_pooling, resolve_pooling
 from qft.shards import ShardedCheckpoint
@@ -33,6 +33,7 @@ AUTO_CLASSES = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
+TASK_KEY = "qft_task"  # in a delivered model's config.json: what it was trained for
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -105,7 +106,7 @@ def _fetch(source: str, trust: Trust) -> Path:
         raise ModelError(
             "The model is no local folder, and the hub did not give it.",
             where=source,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            found=f"{type(error).__name__}: {first_line(error)}",
             fix="check the name, the network and, for gated models, `hf auth login`; or name a "
             "local folder",
         ) from error
@@ -148,6 +149,7 @@ def check_folder(folder: Path, trust: Trust | None = None) -> None:
                 found=f"auto_map: {json.dumps(values['auto_map'])[:120]}",
                 fix="read that code first; then set trust_remote_code: true in the recipe",
             )
+    _refuse_other_weights(folder)
     if not any(folder.glob("*.safetensors")):
         pickles = [name for name in _PICKLES if (folder / name).exists()]
         if not pickles:
@@ -164,6 +166,24 @@ def check_folder(folder: Path, trust: Trust | None = None) -> None:
     ShardedCheckpoint(folder).close()
 
 
+def _refuse_other_weights(folder: Path) -> None:
+    """Refuses a folder from which transformers would load other weights than those checked here."""
+    both = ("model.safetensors", "model.safetensors.index.json")
+    if all((folder / name).exists() for name in both):
+        raise ModelError("The folder holds two sets of weights.", where=folder,
+                         found=" and ".join(both), fix="remove one of them")  # fmt: skip
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            "This base model is an adapter folder too, and would be loaded with the adapter in it.",
+            where=folder / "adapter_config.json",
+            fix="merge the adapter first, or move it into a folder of its own",
+        )
+    if read_config(folder).get("transformers_weights"):
+        raise ModelError("The model's config.json names weights of its own choice.",
+                         where=folder / "config.json",
+                         fix="remove the key transformers_weights")  # fmt: skip
+
+
 def _optional_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -172,6 +192,31 @@ def _optional_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ModelError("A file of the model cannot be read.", where=path, found=error) from None
     return values if isinstance(values, dict) else {}
+
+
+def task_of(config: Mapping[str, Any]) -> str:
+    """The task a config.json says or implies; ``text`` for a base model that does not say."""
+    named = str((config.get("architectures") or [""])[0])
+    if named.endswith("ForSequenceClassification"):
+        return "classify"
+    stored = config.get(TASK_KEY)
+    return stored if isinstance(stored, str) and stored in AUTO_CLASSES else "text"
+
+
+def longest_input(folder: Path, spec: ModelSpec) -> int | None:
+    """The most tokens the model has positions for; None where it sets no limit."""
+    config = open_config(folder, spec)
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    if config.model_type in _OFFSET_POSITIONS:  # positions begin after the padding's
+        return limit - (config.pad_token_id or 0) - 1
+    return limit
+
+
+_OFFSET_POSITIONS = {
+    "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet", "roberta-prelayernorm",
+}  # fmt: skip
 
 
 def open_config(folder: Path, spec: ModelSpec) -> Any:
@@ -190,7 +235,7 @@ def open_config(folder: Path, spec: ModelSpec) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(
             "transformers does not know this model.", where=folder,
-            found=str(error).strip().splitlines()[0][:300],
+            found=first_line(error),
         ) from error  # fmt: skip
 
 
@@ -200,13 +245,27 @@ def open_skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
     auto = _auto_class(spec.task)
     try:
         with torch.device("meta"):
-            model: nn.Module = auto.from_config(config, dtype=spec.dtype or torch.float32)
+            model: nn.Module = auto.from_config(
+                config,
+                dtype=spec.dtype or torch.float32,
+                trust_remote_code=spec.trust.remote_code,
+            )
     except ValueError as error:
         raise _no_such_class(folder, spec, error) from error
     model.tie_weights()  # type: ignore[operator]
     if spec.task == "classify":
-        install_pooling(model, resolve_pooling(spec.pooling, folder, config))
+        install_pooling(model, _pooling(model, spec, folder))
     return model
+
+
+def _pooling(model: nn.Module, spec: ModelSpec, folder: Path) -> str:
+    """A decoder's own head finds the last token by the config's pad id; ours by the mask.
+
+    Where the two pad ids differ, or the config has none, its own would depend on the padding.
+    """
+    kind = resolve_pooling(spec.pooling, folder, model.config)
+    decoder = isinstance(getattr(model, "score", None), nn.Linear)
+    return "last" if decoder and kind == "model" else kind
 
 
 def _auto_class(task: str) -> Any:
@@ -241,7 +300,16 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     stored = getattr(config, "quantization_config", None)
     settings = None
     if stored is None:
-        kept = quantization.unquantized_modules(open_skeleton(folder, spec), keep)
+        skeleton = open_skeleton(folder, spec)
+        transposed = any(type(module).__name__ == "Conv1D" for module in skeleton.modules())
+        if spec.quantize != "none" and transposed:
+            raise RecipeError(
+                "This family stores its weights transposed and cannot be quantized yet.",
+                where="quantize",
+                found=type(skeleton).__name__,
+                fix="quantize: none",
+            )
+        kept = quantization.unquantized_modules(skeleton, keep)
         settings = quantization.loading_config(spec.quantize, dtype, kept)
     elif spec.quantize not in ("none", stored_kind(stored)):
         raise RecipeError(
@@ -270,7 +338,7 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
         model.to(chosen.device)
     quantization.guard_cpu_kernels(model)
     if spec.task == "classify":
-        install_pooling(model, resolve_pooling(spec.pooling, folder, config))
+        install_pooling(model, _pooling(model, spec, folder))
     model.config._name_or_path = spec.source  # type: ignore[union-attr]
     model.name_or_path = spec.source  # type: ignore[assignment]
     model.eval()
@@ -319,7 +387,7 @@ def open_tokenizer(folder: Path, trust: Trust | None = None) -> Any:
     except Exception as error:  # tokenizers raises bare Exceptions on broken files
         raise ModelError(
             "The model's tokenizer cannot be opened.", where=folder,
-            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}",
+            found=f"{type(error).__name__}: {first_line(error)}",
             fix="the folder needs tokenizer.json and tokenizer_config.json",
         ) from error  # fmt: skip
 

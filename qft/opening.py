@@ -10,6 +10,7 @@ from torch import nn
 
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
+from qft.errors import RecipeError
 from qft.export.verify import gguf_file, read_back
 
 
@@ -54,18 +55,22 @@ def open_any(
     path = Path(source).expanduser()
     if (path.is_dir() and adapter_in(path) is not None) or (path / "checkpoints").is_dir():
         found = locate_adapter(path, base=base, strategy=strategy, trust=trust)
+        if task not in (None, found.task):
+            raise RecipeError("The adapter was trained for another task.", where="--task",
+                              found=f"{task}; it was trained for {found.task}")  # fmt: skip
         return _open_adapter(found, trust, spec_changes)
     if gguf := gguf_file(path):
         tokenizer = models.open_tokenizer(gguf.parent)
-        return Opened(read_back(gguf), tokenizer, task or "text", None, None)
+        config_file = gguf.parent / "config.json"
+        config = models.read_config(gguf.parent) if config_file.is_file() else {}
+        return Opened(read_back(gguf), tokenizer, task or models.task_of(config), None, None)
     folder = models.resolve_folder(source, trust)
     config = models.read_config(folder)
-    named = str((config.get("architectures") or [""])[0])
-    classifies = named.endswith("ForSequenceClassification")
-    spec = models.ModelSpec(
-        source=source, task=task or ("classify" if classifies else "text"), trust=trust,
-        **spec_changes,
-    )  # fmt: skip
+    named = task or models.task_of(config)
+    if named not in models.AUTO_CLASSES:
+        raise RecipeError("No such task.", where="--task", found=named,
+                          fix=", ".join(models.AUTO_CLASSES))  # fmt: skip
+    spec = models.ModelSpec(source=source, task=named, trust=trust, **spec_changes)
     model = models.open_model(folder, spec)
     labels = _labels(config) if spec.task == "classify" else None
     return Opened(model, models.open_tokenizer(folder, trust), spec.task, labels, None)

@@ -18,6 +18,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from qft.errors import printable
+
 PLAIN_SECONDS = 5.0  # between two plain lines of one bar
 
 
@@ -68,11 +70,11 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """One line; escaped, since it may hold words from data or a model."""
-        self.console.print(escape(text), soft_wrap=True)
+        self.console.print(escape(printable(text)), soft_wrap=True)
 
     def title(self, text: str) -> None:
         """A heading."""
-        self.console.print(f"[bold]{escape(text)}[/bold]", soft_wrap=True)
+        self.console.print(f"[bold]{escape(printable(text))}[/bold]", soft_wrap=True)
 
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Bar]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from qft.errors import RecipeError
 from qft.registry import brief, build_strategy, check_strategy, settings_of
@@ -66,6 +66,14 @@ class Data(Settings):
         "error", description="a row longer than max_length (text is cut into blocks instead)"
     )
 
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        names = {name.strip() for name in labels or ()}
+        if labels is not None and (len(labels) < 2 or len(names) < len(labels)):
+            raise ValueError("classes must be two or more, and distinct")
+        return labels
+
 
 class Memory(Settings):
     """What is traded for memory."""
@@ -103,7 +111,7 @@ class Train(Settings):
         None, ge=1, description="stop after this many evaluations without gain; keeps the best"
     )
     log_every: int = Field(10, ge=1, description="steps between lines in metrics.jsonl")
-    seed: int = Field(0, ge=0, description="decides initial adapters, order and dropout")
+    seed: int = Field(0, ge=0, lt=2**32, description="decides initial adapters, order and dropout")
 
 
 def _strategy(value: Any) -> Any:

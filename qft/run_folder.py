@@ -2,6 +2,7 @@
 
 runs/support-bot/
   recipe.yaml      the resolved recipe, every default written out
+  start.json       fingerprints of data and base: what a resumed run must find again
   run.json         versions, device, times, memory, throughput, metrics
   metrics.jsonl    one line a logged step or evaluation
   adapter/         the result, in PEFT's format where it has one
@@ -10,15 +11,14 @@ runs/support-bot/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-
-import yaml
 
 from qft import checkpoints
 from qft.errors import OutputExistsError, RecipeError
-from qft.files import new_folder, require_absent, write_text
+from qft.files import new_folder, read_json, require_absent, write_json, write_text
 from qft.progress import Reporter
-from qft.recipe import Recipe, build_recipe
+from qft.recipe import Recipe, load_recipe
 
 
 def find_start(
@@ -46,13 +46,37 @@ def find_start(
     return found
 
 
-def create_run_folder(folder: Path, recipe: Recipe) -> None:
-    """Makes the folder, replacing a former run, with the resolved recipe in it."""
+def create_run_folder(folder: Path, recipe: Recipe, identity: Mapping[str, str]) -> None:
+    """Makes the folder, replacing a former run, with the resolved recipe in it.
+
+    Args:
+        identity: fingerprints of data and base, and the dtype: what a resumed run must find again.
+    """
     with new_folder(folder, overwrite=True) as temporary:
+        write_json(temporary / START, dict(identity))
         write_text(temporary / "recipe.yaml", recipe.to_yaml())
         (temporary / "checkpoints").mkdir()
 
 
+def require_same_start(folder: Path, identity: Mapping[str, str]) -> None:
+    """Refuses to resume on other data, another base or in another dtype than the run began with.
+
+    Raises:
+        RecipeError: names what has changed.
+    """
+    path = folder / START
+    before = read_json(path) if path.is_file() else {}
+    changed = [key for key in identity if before.get(key, identity[key]) != identity[key]]
+    if changed:
+        raise RecipeError(
+            "What this run began with has changed since.",
+            where=folder,
+            found=", ".join(f"another {key}" for key in changed),
+            fix="restore it, or train into another output",
+        )
+
+
+START = "start.json"
 # What may change between the parts of one run, since it changes no update.
 _MAY_CHANGE = {"memory", "device"}
 
@@ -62,7 +86,7 @@ def _check_same_recipe(folder: Path, recipe: Recipe) -> None:
     if not path.is_file():
         raise RecipeError("There is no run to resume.", where=folder,
                           fix="leave out --resume")  # fmt: skip
-    before = build_recipe(yaml.safe_load(path.read_text(encoding="utf-8")), where=str(path))
+    before = load_recipe(path)
     then, now = before.to_dict(), recipe.to_dict()
     changed = [k for k in now if k not in _MAY_CHANGE | {"output"} and then.get(k) != now[k]]
     if changed:

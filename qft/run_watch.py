@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -11,15 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from qft import hardware
+from qft.errors import QftError
 from qft.files import explain_write_errors, write_text
 from qft.progress import Bar, Reporter, human_bytes
 from qft.trainer import StepTrainer
 
+_COUNTS = ("seconds", "tokens", "items", "replays")
 
-class RunWatch(TrainerCallback):
-    """Counts, shows and logs; ends the run after the step at hand when asked to."""
+
+class RunWatch(TrainerCallback, ExportableState):
+    """Counts, shows and logs; ends the run after the step at hand when asked to.
+
+    Its counts go into every checkpoint, so that a resumed run reports all of its parts.
+    """
 
     def __init__(self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter) -> None:
         self._trainer = trainer
@@ -35,9 +43,16 @@ class RunWatch(TrainerCallback):
         self.replays = 0
         self.stop_asked = False
 
+    def state(self) -> dict[str, Any]:
+        """The counts, for the checkpoint."""
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in _COUNTS}}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar; drops log lines past the checkpoint."""
         keep_lines_up_to(self._log, state.global_step)
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        for name in _COUNTS:
+            setattr(self, name, saved.get(name, getattr(self, name)))
         self._context = self._reporter.bar("train", state.max_steps)
         self._bar = self._context.__enter__()
         self._started = time.monotonic()
@@ -51,6 +66,14 @@ class RunWatch(TrainerCallback):
         result = self._trainer.last_result
         assert result is not None
         assert self._bar is not None
+        if not math.isfinite(result.loss.item()):
+            raise QftError(
+                "The loss is no longer a finite number; going on would train nothing.",
+                where=f"step {state.global_step}",
+                found=result.loss.item(),
+                fix="a lower train.learning_rate, or dtype: float32; checkpoints before this step "
+                "are kept",
+            )
         self.seconds += time.monotonic() - self._started
         self.tokens += result.tokens
         self.items += result.items

@@ -21,7 +21,7 @@ def score(
     max_length: int | None = None,
     limit: int | None = None,
     columns: dict[str, str | int] | None = None,
-    too_long: str = "error",
+    too_long: str | None = None,
     base: str | None = None,
     strategy: str | None = None,
     trust: models.Trust | None = None,

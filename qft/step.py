@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qft.data.tasks import Example, Task
-from qft.errors import WillNotFitError
+from qft.errors import WillNotFitError, first_line
 from qft.preparation import prepared
 from qft.strategy import Strategy
 
@@ -141,7 +141,7 @@ def _does_not_fit(examples: Sequence[Example], error: BaseException) -> WillNotF
     longest = max(len(e.inputs["input_ids"]) for e in examples)
     return WillNotFitError(
         "Not even one example a forward pass fits into the memory.",
-        found=f"the longest of this step has {longest} tokens; {str(error).splitlines()[0][:200]}",
+        found=f"the longest of this step has {longest} tokens; {first_line(error)}",
         fix="memory.checkpointing: full, quantize: nf4, a smaller train.max_length, or a smaller "
         "model",
     )

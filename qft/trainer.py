@@ -85,7 +85,7 @@ class StepTrainer(Trainer):
         arguments = training_arguments(job, len(self._batches), next(model.parameters()).device)
         own: list[TrainerCallback] = [_Epochs(self._batches), _AfterStep(self)]
         if job.settings.early_stopping and job.evaluate:
-            own.append(EarlyStoppingCallback(job.settings.early_stopping))
+            own.append(_EarlyStopping(job.settings.early_stopping))
         # transformers refuses to train a quantized model without PEFT; head-only is just that
         claimed: Any = getattr(model, "_hf_peft_config_loaded", None)
         if claimed is not None:
@@ -223,6 +223,17 @@ class StepTrainer(Trainer):
 def _uncollated(examples: list[Example]) -> Any:
     """The step collates; until then examples stay as they are."""
     return examples
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """Also counts on where a resumed run's checkpoint left off."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restores the count of evaluations without gain."""
+        saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        name = "early_stopping_patience_counter"
+        setattr(self, name, saved.get(name, 0))
+        super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
 
 class _Epochs(TrainerCallback):

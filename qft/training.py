@@ -18,13 +18,13 @@ from qft.card import make_card, write_card
 from qft.data.tasks import TASKS, ExampleSet, Task, load_train_eval, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
-from qft.files import new_folder, write_json
+from qft.files import new_folder, require_apart, write_json
 from qft.merging.merge import ModuleTensors
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.recipe import Recipe
 from qft.registry import settings_of
-from qft.run_folder import create_run_folder, find_start
+from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context, Needs
@@ -82,13 +82,22 @@ def train(
     """
     folder = Path(recipe.output)
     _check_task(recipe)
+    local = [Path(p) for p in (recipe.model, recipe.data.train, recipe.data.eval) if p]
+    require_apart(folder, *(path for path in local if path.exists()))
     start = find_start(folder, recipe, resume, overwrite, reporter)
     set_seed(recipe.train.seed)
     hardware_choice = hardware.choose(recipe.device, recipe.dtype)
     reporter.say(f"device: {hardware_choice.reason}")
     opened = _open(recipe, hardware_choice, reporter)
-    if not resume:  # only now: bad data or a bad model must not cost a former run
-        create_run_folder(folder, recipe)
+    identity = {
+        "data": opened.train.fingerprint,
+        "base": opened.card["base_fingerprint"],
+        "dtype": opened.card["dtype"],
+    }
+    if resume:
+        require_same_start(folder, identity)
+    else:  # only now: bad data or a bad model must not cost a former run
+        create_run_folder(folder, recipe, identity)
     trainer = _make_trainer(recipe, opened, folder, reporter)
     report = _run(trainer, recipe, start, folder, reporter)
     return _finish(recipe, opened, trainer, report, folder, reporter)
@@ -116,6 +125,13 @@ def _check_task(recipe: Recipe) -> None:
             f"The strategy {strategy.name!r} cannot train the task {recipe.task!r}.",
             where="task",
             fix=f"it can: {', '.join(sorted(strategy.tasks))}",
+        )
+    held_out = recipe.data.eval is not None or recipe.data.eval_share > 0
+    if recipe.train.early_stopping and not held_out:
+        raise RecipeError(
+            "Early stopping needs held-out rows to judge by.",
+            where="train.early_stopping",
+            fix="data.eval: FILE, or data.eval_share: 0.05",
         )
     if strategy.objective.kind != "task":
         raise RecipeError(
@@ -158,8 +174,8 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
 
 
 def _check_length(recipe: Recipe, base: Path) -> None:
-    limit = models.read_config(base).get("max_position_embeddings")
-    if isinstance(limit, int) and recipe.train.max_length > limit:
+    limit = models.longest_input(base, spec_of(recipe))
+    if limit is not None and recipe.train.max_length > limit:
         raise RecipeError(
             "Sequences would be longer than the model takes.",
             where="train.max_length",

@@ -25,6 +25,7 @@ from qft.recipe import Recipe, build_recipe
 BASE = Path(__file__).parent / "base"
 COMMITTED = Path(__file__).parent / "result.json"  # the three-seed figures
 RESULT = "demo.json"
+MARK = ".qft-demo"  # nothing but a former demo is ever replaced
 EXPORTS = ("gguf:f16", "gguf:q8_0", "bnb:nf4")
 _PROMPTS = 3
 
@@ -95,7 +96,7 @@ def demo_recipe(out: Path, seed: int) -> Recipe:
 
 def _make_room(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
-        if not (out / RESULT).is_file() and not (out / "train.jsonl").is_file():
+        if not (out / MARK).is_file():
             raise OutputExistsError(
                 "The folder is not empty and holds no former demo.",
                 where=out,
@@ -103,6 +104,7 @@ def _make_room(out: Path) -> None:
             )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    write_text(out / MARK, "`qft demo` made this folder, and replaces it when it runs again.\n")
 
 
 def _prepare_rows(out: Path, seed: int, reporter: Reporter) -> Recipe:

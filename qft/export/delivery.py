@@ -22,6 +22,7 @@ from qft.errors import RecipeError
 from qft.export.formats import require_known, write_format
 from qft.export.verify import THRESHOLDS, Thresholds, read_back
 from qft.export.verify import verify as compare
+from qft.files import require_apart
 from qft.held_out import held_out_examples
 from qft.merging.merge import MergedTensors, open_source, write_model
 from qft.progress import QUIET, Bar, Reporter, human_bytes
@@ -66,6 +67,7 @@ def merge(
             "No such dtype.", where="--dtype", found=dtype, fix=", ".join(models.DTYPES)
         )
     found = locate_adapter(source, base=base, strategy=strategy)
+    require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
     rows = _rows(found, Path(source), data, "without --verify") if verify else None
     tensors = _open(found, models.DTYPES[dtype] if dtype else None)
     with reporter.bar("merge", tensors.total_bytes()) as bar:
@@ -118,11 +120,13 @@ def export(
     found: AdapterFolder | models.ModelSpec
     if adapter_in(path) is not None or (path / "checkpoints").is_dir():
         found = locate_adapter(path, base=base, strategy=strategy)
+        require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
         tensors = _open(found, None)
     else:
         found = _plain_spec(str(source))
         folder = models.resolve_folder(found.source)
         models.check_folder(folder)
+        require_apart(Path(out), folder)
         tensors = open_source(folder, models.open_skeleton(folder, found))
     rows = _rows(found, path, data, "--no-verify") if verify else None
     with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
@@ -137,11 +141,18 @@ def export(
     return report
 
 
+def _run_of(adapter: Path) -> Path:
+    """The run an adapter lies in, or the adapter itself."""
+    return adapter.parent if (adapter.parent / "recipe.yaml").is_file() else adapter
+
+
 def _open(found: AdapterFolder, dtype: torch.dtype | None) -> MergedTensors:
     skeleton = models.open_skeleton(found.base, found.spec())
-    return open_source(
+    tensors = open_source(
         found.base, skeleton, adapter=found.folder, strategy=found.strategy, dtype=dtype
     )
+    tensors.config = {**tensors.config, models.TASK_KEY: found.task}
+    return tensors
 
 
 def _stored_dtype(tensors: MergedTensors) -> torch.dtype:
@@ -150,9 +161,7 @@ def _stored_dtype(tensors: MergedTensors) -> torch.dtype:
 
 def _plain_spec(source: str) -> models.ModelSpec:
     config = models.read_config(models.resolve_folder(source))
-    name = str((config.get("architectures") or [""])[0])
-    classify = name.endswith("ForSequenceClassification")
-    return models.ModelSpec(source, task="classify" if classify else "text")
+    return models.ModelSpec(source, task=models.task_of(config))
 
 
 def _folder_of(found: AdapterFolder | models.ModelSpec) -> Path:
@@ -227,7 +236,7 @@ def _proof_dtype(base: Path) -> torch.dtype:
     checkpoint = ShardedCheckpoint(base)
     values = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     checkpoint.close()
-    free = hardware.free_memory_bytes("cpu")
+    free = hardware.free_memory_bytes(hardware.choose().device)
     return torch.float32 if free is None or 2 * 4 * values < free / 2 else torch.bfloat16
 
 

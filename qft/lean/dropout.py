@@ -63,11 +63,18 @@ class SeededDropout(nn.Dropout):
         moment = self.clock.moment
         if not self.training or self.p == 0.0:
             return input
-        if moment is None or input.is_meta or input.shape[0] != len(moment.samples):
+        if moment is None or input.is_meta or not _rows_are_samples(input, moment):
             return nn.functional.dropout(input, self.p, True)
         seeds = _seeds(self.clock.seed, moment, self.module_name)
         output: Tensor = _Drop.apply(input, self.p, seeds, moment.lengths)  # type: ignore[no-untyped-call]
         return output
+
+
+def _rows_are_samples(input: Tensor, moment: Moment) -> bool:
+    """``[batch, width]`` or ``[batch, longest, width]``; attention weights, say, are neither."""
+    if input.dim() not in (2, 3) or input.shape[0] != len(moment.samples):
+        return False
+    return input.dim() == 2 or input.shape[1] == max(moment.lengths)
 
 
 class _Drop(torch.autograd.Function):
