@@ -282,3 +282,71 @@ def test_verification_failure_exits_5(
     monkeypatch.setattr(LoRAMerge, "edit", edit)
     result = qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "--verify", "-q")
     assert_error(result, 5, "mean KL")
+
+
+def test_an_output_never_replaces_what_it_is_made_from(
+    qft: Run, job: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
+    before = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    for out in (tmp_path / "run", tmp_path / "run/adapter/x", tiny_llama, tmp_path):
+        result = qft("merge", tmp_path / "run", "--out", out, "--overwrite")
+        assert_error(result, 2, "apart")
+    job["output"] = str(tmp_path)
+    result = qft("train", write_recipe(tmp_path, job), "--overwrite")
+    assert_error(result, 2, "apart")
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == before
+
+
+def test_the_demo_replaces_only_a_demo(qft: Run, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("mine", encoding="utf-8")
+    assert_error(qft("demo", "--out", tmp_path), 2, "no former demo")
+    assert (tmp_path / "train.jsonl").read_text(encoding="utf-8") == "mine"
+
+
+def test_resume_on_other_data(qft: Run, job: dict[str, Any], tmp_path: Path) -> None:
+    job["train"] |= {"max_steps": 4, "save_every": 2}
+    assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "other", "completion": "rows"}] * 6)
+    assert_error(qft("train", write_recipe(tmp_path, job), "--resume"), 2, "another data")
+
+
+def test_early_stopping_without_held_out_rows(
+    qft: Run, job: dict[str, Any], tmp_path: Path
+) -> None:
+    job["train"]["early_stopping"] = 1
+    assert_error(qft("train", write_recipe(tmp_path, job)), 2, "data.eval")
+
+
+def test_a_loss_that_is_no_number(qft: Run, job: dict[str, Any], tmp_path: Path) -> None:
+    job["train"] |= {"learning_rate": 1e30, "max_steps": 9, "warmup": 0, "max_grad_norm": 0}
+    assert_error(qft("train", write_recipe(tmp_path, job), "-q"), 1, "finite", "learning_rate")
+
+
+def test_a_merged_model_knows_its_task(qft: Run, job: dict[str, Any], tmp_path: Path) -> None:
+    assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
+    assert qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "-q")[0] == 0
+    arguments = ("-p", "say 3", "--max-new-tokens", "4")
+    run = qft("generate", tmp_path / "run", *arguments)
+    assert run == qft("generate", tmp_path / "merged", *arguments)
+    code, out, err = qft("eval", tmp_path / "merged", "--data", job["data"]["train"], "--json")
+    assert code == 0, err
+    assert json.loads(out)["loss"] > 0
+
+
+@pytest.mark.parametrize("key", ["transformers_weights", "adapter", "both"])
+def test_weights_that_transformers_would_find_elsewhere(
+    qft: Run, job: dict[str, Any], tiny_llama: Path, tmp_path: Path, key: str
+) -> None:
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    if key == "adapter":
+        (model / "adapter_config.json").write_text("{}", encoding="utf-8")
+    elif key == "both":
+        (model / "model.safetensors.index.json").write_text("{}", encoding="utf-8")
+    else:
+        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+        (model / "config.json").write_text(json.dumps({**config, key: "x.safetensors"}))
+    job["model"] = str(model)
+    assert_error(
+        qft("train", write_recipe(tmp_path, job)), 2, "weights" if key != "adapter" else "adapter"
+    )

@@ -373,3 +373,11 @@ def test_the_dropout_of_a_peft_lora_is_replaced(tiny_llama):
     assert set(model.state_dict()) == names
     assert count(model, SeededDropout) == 0
     model(input_ids=ids).logits.sum().backward()
+
+
+def test_attention_weights_are_dropped_by_the_ordinary_generator():
+    """Dimension 1 of [batch, heads, T, T] is no token position: no head may be zeroed."""
+    clock = DropoutClock(0)
+    clock.set(1, [0, 1], [3, 3])
+    dropped = SeededDropout(0.5, clock, "attention")(torch.ones(2, 12, 3, 3))
+    assert (dropped != 0).float().mean(dim=(0, 2, 3)).min() > 0

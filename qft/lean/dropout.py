@@ -71,10 +71,10 @@ class SeededDropout(nn.Dropout):
 
 
 def _rows_are_samples(input: Tensor, moment: Moment) -> bool:
-    """``[batch, width]`` or ``[batch, longest, width]``; attention weights, say, are neither."""
+    """``[batch, width]`` or ``[batch, length, width]``; attention weights, say, are neither."""
     if input.dim() not in (2, 3) or input.shape[0] != len(moment.samples):
         return False
-    return input.dim() == 2 or input.shape[1] == max(moment.lengths)
+    return input.dim() == 2 or input.shape[1] >= max(moment.lengths)
 
 
 class _Drop(torch.autograd.Function):
