@@ -328,7 +328,7 @@ def test_a_merged_model_knows_its_task(qft: Run, job: dict[str, Any], tmp_path: 
     assert qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "-q")[0] == 0
     arguments = ("-p", "say 3", "--max-new-tokens", "4")
     run = qft("generate", tmp_path / "run", *arguments)
-    assert run == qft("generate", tmp_path / "merged", *arguments)
+    assert run[:2] == qft("generate", tmp_path / "merged", *arguments)[:2]
     code, out, err = qft("eval", tmp_path / "merged", "--data", job["data"]["train"], "--json")
     assert code == 0, err
     assert json.loads(out)["loss"] > 0
