@@ -69,7 +69,7 @@ def demo(
     from qft.demo.job import run_demo
 
     result = run_demo(out, seed=seed, reporter=_reporter(quiet, as_json))
-    _print(result, as_json, lambda: None)
+    _print(result, as_json, lambda: print(out) if quiet else None)
 
 
 @app.command()

@@ -280,7 +280,7 @@ def training_arguments(job: Job, steps_an_epoch: int, device: torch.device) -> T
     every = {True: "steps", False: "epoch"}
     keep_best = bool(settings.early_stopping and job.evaluate)
     save_every = settings.eval_every if keep_best else settings.save_every
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.folder),
         per_device_train_batch_size=settings.batch_size,
         num_train_epochs=settings.epochs,
@@ -306,3 +306,6 @@ def training_arguments(job: Job, steps_an_epoch: int, device: torch.device) -> T
         remove_unused_columns=False,
         log_level="error",
     )
+    # with several GPUs transformers would wrap in DataParallel, behind the step's back
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

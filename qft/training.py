@@ -19,7 +19,7 @@ from qft.data.tasks import TASKS, ExampleSet, Task, load_train_eval, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
-from qft.merging.merge import ModuleTensors
+from qft.merging.tensors import ModuleTensors
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.recipe import Recipe

@@ -33,7 +33,8 @@ from qft.export.formats import FORMATS, write_format
 from qft.export.gguf_format import reorder_rows
 from qft.export.gguf_tokenizer import read_vocabulary
 from qft.export.verify import read_back
-from qft.merging.merge import MergedTensors, open_source
+from qft.merging.merge import open_source
+from qft.merging.tensors import MergedTensors
 
 torch.set_num_threads(1)
 Usage = namedtuple("Usage", "total used free")

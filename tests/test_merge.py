@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfi
 
 from qft import models
 from qft.errors import AdapterError, ModelError, OutputExistsError, SaveError
-from qft.merging.merge import MergedTensors, ModuleTensors, merge, open_source, write_model
+from qft.merging.merge import open_source, write_model
+from qft.merging.tensors import MergedTensors, ModuleTensors
 from qft.registry import strategy_from_folder
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Strategy
@@ -47,6 +49,16 @@ def make_adapter(base: Path, folder: Path, **settings: object) -> dict[str, torc
 
 def skeleton(base: Path, **spec: object) -> torch.nn.Module:
     return models.open_skeleton(base, models.ModelSpec(source=str(base), **spec))
+
+
+def merge(adapter: Path, base: Path, out: Path, *, strategy, skeleton, dtype=None, **options):
+    """Opens and writes, as `qft.merge` does; returns what was read and written."""
+    source = open_source(base, skeleton, adapter=adapter, strategy=strategy, dtype=dtype)
+    try:
+        written = write_model(source, out, **options)
+    finally:
+        source.close()
+    return SimpleNamespace(bytes=written, tensors=len(source.names()), changed=len(source.changed))
 
 
 def merged(base: Path, adapter: Path, out: Path, **options: object):

@@ -263,3 +263,24 @@ def test_it_works_on_the_meta_device():
     install_pooling(model, "mean")
     ids = torch.zeros(2, 4, dtype=torch.long, device="meta")
     assert model(input_ids=ids).logits.shape == (2, 2)
+
+
+def test_a_decoder_finds_the_last_token_by_the_mask(tiny_llama, tmp_path):
+    """Whatever id fills the padding, and where the config names no pad id at all."""
+    import json
+    import shutil
+
+    from qft.models import ModelSpec, open_model
+
+    folder = shutil.copytree(tiny_llama, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    spec = ModelSpec(str(folder), task="classify", labels=("a", "b"), dtype=torch.float32)
+    model = open_model(folder, spec)
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([[5, 6, 7]])).logits
+        padded = model(
+            input_ids=torch.tensor([[5, 6, 7, 2, 2], [5, 6, 7, 8, 9]]),
+            attention_mask=torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        ).logits
+    assert torch.allclose(alone[0], padded[0], atol=1e-6)

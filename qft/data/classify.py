@@ -26,7 +26,6 @@ class ClassifyTask(Task):
     """One text, one class."""
 
     name = "classify"
-    auto_class = "AutoModelForSequenceClassification"
     predicts = "class"
 
     def classes(self, rows: Sequence[NumberedRow], columns: Mapping[str, str]) -> tuple[str, ...]:

@@ -94,7 +94,6 @@ class Task(ABC):
     """What a model is taught: from rows to examples, from examples to a batch."""
 
     name: ClassVar[str]
-    auto_class: ClassVar[str]  # the transformers class that opens a model for it
     predicts: ClassVar[Literal["tokens", "class"]]  # what a label is, and so what is measured
 
     @abstractmethod

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 class LanguageTask(Task):
     """What the causal tasks share: the batch, and how its labels count."""
 
-    auto_class = "AutoModelForCausalLM"
     predicts = "tokens"
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from qft import quantization
 from qft.errors import ModelError
-from qft.merging.merge import Progress, TensorSource, write_config
+from qft.merging.merge import Progress, write_config
 from qft.merging.side_files import copy_files
+from qft.merging.tensors import TensorSource
 from qft.models import ORIGINAL_KEY
 from qft.shard_writer import Spec, write_shards
 from qft.shards import tensor_bytes

@@ -24,7 +24,8 @@ from qft.export.verify import THRESHOLDS, Thresholds, read_back
 from qft.export.verify import verify as compare
 from qft.files import require_apart
 from qft.held_out import held_out_examples
-from qft.merging.merge import MergedTensors, open_source, write_model
+from qft.merging.merge import open_source, write_model
+from qft.merging.tensors import MergedTensors
 from qft.progress import QUIET, Bar, Reporter, human_bytes
 from qft.shards import ShardedCheckpoint
 

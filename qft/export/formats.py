@@ -7,8 +7,9 @@ from pathlib import Path
 
 from qft.errors import RecipeError
 from qft.files import new_folder, require_absent, require_disk
-from qft.merging.merge import Progress, TensorSource, write_model
+from qft.merging.merge import Progress, write_model
 from qft.merging.side_files import files_bytes
+from qft.merging.tensors import TensorSource
 from qft.shard_writer import MAX_SHARD_BYTES
 from qft.shards import tensor_bytes
 

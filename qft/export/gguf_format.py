@@ -22,8 +22,9 @@ from torch import Tensor
 
 from qft.errors import ModelError
 from qft.export.gguf_tokenizer import Vocabulary, read_vocabulary, write_vocabulary
-from qft.merging.merge import Progress, TensorSource, write_config
+from qft.merging.merge import Progress, write_config
 from qft.merging.side_files import copy_files
+from qft.merging.tensors import TensorSource
 from qft.models import open_tokenizer
 
 _Type = gguf.GGMLQuantizationType

@@ -1,4 +1,4 @@
-"""`merge`: base ⊕ adapter = a model folder that needs neither.
+"""Base ⊕ adapter = a model folder that needs neither.
 
 The base's tensors come from its safetensors files one at a time, pass through the strategy's
 :class:`qft.strategy.Merge` and go straight to the new files. A merged value is computed in float32
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,37 +24,10 @@ from qft.shard_writer import MAX_SHARD_BYTES, write_shards
 from qft.shards import ShardedCheckpoint, tensor_bytes
 from qft.strategy import Merge, Strategy
 
-__all__ = [
-    "MergeReport",
-    "MergedTensors",
-    "ModuleTensors",
-    "TensorSource",
-    "merge",
-    "open_source",
-    "refuse_quantized",
-    "write_config",
-    "write_model",
-]
-
 Progress = Callable[[int], None]  # called with the bytes just done
 
 _HEAD_KEYS = ("id2label", "label2id", "problem_type", "qft_pooling")
 _HEADER_SLACK_BYTES = 4 * 2**20
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge wrote.
-
-    Attributes:
-        bytes: of all tensors.
-        tensors: how many there are.
-        changed: how many the adapter changed or added.
-    """
-
-    bytes: int
-    tensors: int
-    changed: int
 
 
 def open_source(
@@ -176,45 +148,3 @@ def write_config(source: TensorSource, folder: Path, **changes: Any) -> None:
     """Writes the source's config.json, with ``changes``, into a folder that is being made."""
     text = json.dumps({**source.config, **changes}, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-def merge(
-    adapter: Path,
-    base: Path,
-    out: Path | str,
-    *,
-    strategy: Strategy,
-    skeleton: nn.Module,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> MergeReport:
-    """Merges a saved adapter into its base, streamed.
-
-    Args:
-        adapter: the adapter's folder.
-        base: folder of the original base model.
-        out: the model folder to write.
-        strategy: rebuilt from the adapter's folder.
-        skeleton: the base on the meta device, as training saw it.
-        dtype: of the floating tensors; None keeps the base's.
-        max_shard_bytes: larger models are split into several files.
-        overwrite: replace what ``out`` holds.
-        progress: called with the bytes of each tensor written.
-
-    Raises:
-        AdapterError: the strategy cannot be merged, or the adapter is for another base.
-        ModelError: the base is broken or quantized.
-        OutputExistsError: ``out`` is taken.
-        SaveError: the disk is full.
-    """
-    require_absent(Path(out), overwrite=overwrite)
-    source = open_source(base, skeleton, adapter=adapter, strategy=strategy, dtype=dtype)
-    try:
-        written = write_model(
-            source, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite, progress=progress
-        )
-    finally:
-        source.close()
-    return MergeReport(written, len(source.names()), len(source.changed))
