@@ -142,13 +142,13 @@ def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             sync_tree(temporary)
-            _replace_folder(temporary, path)
+            replace_folder(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _replace_folder(temporary: Path, path: Path) -> None:
+def replace_folder(temporary: Path, path: Path) -> None:
     """Renames, with the former folder out of the way first (rename cannot replace a full one)."""
     former = path.parent / f"{_FORMER}{path.name}"
     _remove(former)

@@ -282,6 +282,17 @@ def test_verification_failure_exits_5(
     monkeypatch.setattr(LoRAMerge, "edit", edit)
     result = qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "--verify", "-q")
     assert_error(result, 5, "mean KL")
+    monkeypatch.setattr(LoRAMerge, "edit", plain)
+    code, _, err = qft("merge", tmp_path / "run", "--out", tmp_path / "good", "--verify", "-q")
+    assert code == 0, err
+    good = (tmp_path / "good/model.safetensors").read_bytes()
+    monkeypatch.setattr(LoRAMerge, "edit", edit)
+    arguments = ("--out", tmp_path / "good", "--verify", "--overwrite", "-q")
+    assert_error(qft("merge", tmp_path / "run", *arguments), 5, "mean KL")
+    assert (tmp_path / "good/model.safetensors").read_bytes() == good
+    monkeypatch.setattr(LoRAMerge, "edit", plain)
+    assert qft("merge", tmp_path / "run", *arguments)[0] == 0
+    assert not (tmp_path / "good.unproven").exists()
 
 
 def test_an_output_never_replaces_what_it_is_made_from(

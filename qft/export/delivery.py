@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from qft.errors import RecipeError
 from qft.export.formats import require_known, write_format
 from qft.export.verify import THRESHOLDS, Thresholds, read_back
 from qft.export.verify import verify as compare
-from qft.files import require_apart
+from qft.files import replace_folder, require_apart
 from qft.held_out import held_out_examples
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
 from qft.progress import QUIET, Bar, Reporter, human_bytes
 from qft.shards import ShardedCheckpoint
 
+_STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
 _BATCH = 8  # examples a comparison batch
 
 
@@ -54,7 +56,7 @@ def merge(
         verify: compare with the adapter model on held-out rows.
         data: those rows; a run knows its own.
         strategy: a third party's strategy, by name.
-        overwrite: replace what ``out`` holds.
+        overwrite: replace what ``out`` holds; with ``verify`` only once the new one is proven.
 
     Returns:
         What was written, with ``verification`` where it was asked for.
@@ -71,23 +73,19 @@ def merge(
     require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
     rows = _rows(found, Path(source), data, "without --verify") if verify else None
     tensors = _open(found, models.DTYPES[dtype] if dtype else None)
-    with reporter.bar("merge", tensors.total_bytes()) as bar:
-        written = write_model(tensors, out, overwrite=overwrite, progress=bar.advance)
-    tensors.close()
-    reporter.say(f"merged: {len(tensors.changed)} of {len(tensors.names())} tensors changed, "
-                 f"{human_bytes(written)} in {out}")  # fmt: skip
-    report: dict[str, Any] = {
-        "out": str(out),
-        "bytes": written,
-        "tensors": len(tensors.names()),
-        "changed": len(tensors.changed),
-    }
-    if rows is not None:
-        stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
-        format = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}.get(
-            stored, "safetensors:fp32"
-        )
-        report["verification"] = _prove(found, rows, format, Path(out), reporter)
+    stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
+    report: dict[str, Any] = {"out": str(out)}
+    with _proven_first(Path(out), overwrite and verify) as target:
+        with reporter.bar("merge", tensors.total_bytes()) as bar:
+            written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
+        tensors.close()
+        changed, count = len(tensors.changed), len(tensors.names())
+        report |= {"bytes": written, "tensors": count, "changed": changed}
+        reporter.say(f"merged: {changed} of {count} tensors changed, "
+                     f"{human_bytes(written)} in {target}")  # fmt: skip
+        if rows is not None:
+            format = _STORED_AS.get(stored, "safetensors:fp32")
+            report["verification"] = _prove(found, rows, format, target, reporter)
     return report
 
 
@@ -130,16 +128,30 @@ def export(
         require_apart(Path(out), folder)
         tensors = open_source(folder, models.open_skeleton(folder, found))
     rows = _rows(found, path, data, "--no-verify") if verify else None
-    with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
-        written = write_format(tensors, format, out, overwrite=overwrite, progress=bar.advance)
-    tensors.close()
-    reporter.say(f"{format}: {human_bytes(written.bytes)} in {written.path}")
-    for note in written.notes:
-        reporter.say(f"note: {note}")
-    report = {**asdict(written), "path": str(written.path)}
-    if rows is not None:
-        report["verification"] = _prove(found, rows, format, written.path, reporter)
+    with _proven_first(Path(out), overwrite and verify) as target:
+        with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
+            written = write_format(
+                tensors, format, target, overwrite=overwrite, progress=bar.advance
+            )
+        tensors.close()
+        reporter.say(f"{format}: {human_bytes(written.bytes)} in {written.path}")
+        for note in written.notes:
+            reporter.say(f"note: {note}")
+        report = {**asdict(written), "path": str(Path(out) / written.path.relative_to(target))}
+        if rows is not None:
+            report["verification"] = _prove(found, rows, format, written.path, reporter)
     return report
+
+
+@contextmanager
+def _proven_first(out: Path, wait: bool) -> Iterator[Path]:
+    """Where to write: with ``wait`` beside a former artefact, which stays until the proof."""
+    if not (wait and out.exists()):
+        yield out
+        return
+    unproven = out.with_name(f"{out.name}.unproven")
+    yield unproven
+    replace_folder(unproven, out)
 
 
 def _run_of(adapter: Path) -> Path:
