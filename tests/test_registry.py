@@ -211,6 +211,8 @@ def test_another_package_called_adapters_is_explained(tmp_path):
     shadow.mkdir()
     (shadow / "__init__.py").write_text("")
     code = (
+        "import sys\n"  # an editable installation is found before any path
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]\n"
         "from qft.registry import strategy_class\n"
         "from qft.errors import QftError\n"
         "try:\n    strategy_class('lora')\nexcept QftError as error:\n    print(error)\n"
