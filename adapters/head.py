@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from adapters.peft_backed import compare_tensors, head_names
+from adapters.peft_backed import compare_tensors
 from qft.errors import AdapterError, RecipeError
+from qft.lean.model_parts import head_names, layer_stacks
 from qft.strategy import BaseTensors, Context, Merge, Needs, Strategy
 
 if TYPE_CHECKING:
@@ -31,11 +32,11 @@ class Head(Strategy):
     @property
     def tasks(self) -> frozenset[str]:
         """Only tasks with a head of their own; a language model's head is its vocabulary."""
-        return frozenset({"classify"})
+        return frozenset({"classify", "extract", "token"})
 
     def needs(self, skeleton: nn.Module) -> Needs:
         """The head in full precision; no layer below it trains."""
-        layers = getattr(getattr(skeleton, "config", None), "num_hidden_layers", 0)
+        layers = sum(len(stack) for stack in layer_stacks(skeleton).values())
         return Needs(full_precision=tuple(_heads(skeleton)), lowest_trainable_layer=layers)
 
     def attach(self, model: nn.Module, context: Context) -> nn.Module:
@@ -109,12 +110,12 @@ class HeadMerge:
 
 def _heads(model: nn.Module) -> list[str]:
     names = head_names(model)
-    if not names or not type(model).__name__.endswith("ForSequenceClassification"):
+    if not names:
         raise RecipeError(
-            "This model has no classification head to train.",
+            "This model has no head of its own to train; its last layer is its vocabulary.",
             where="strategy: head",
             found=type(model).__name__,
-            fix="task: classify, or another strategy such as lora",
+            fix="task: classify, extract or token, or another strategy such as lora",
         )
     return names
 

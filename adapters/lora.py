@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator
 
 from adapters.peft_backed import (
+    HEAD_TASK_TYPES,
     PeftStrategy,
-    head_names,
     module_name,
+    peft_task_type,
     read_config,
     read_tensors,
 )
 from qft.errors import AdapterError
+from qft.lean.model_parts import head_names
 from qft.strategy import BaseTensors, Context, Merge, Needs
 
 if TYPE_CHECKING:
@@ -70,14 +72,12 @@ class LoRA(PeftStrategy):
 
     def needs(self, skeleton: nn.Module) -> Needs:
         """A classification head trains beside the adapters, so it must not be quantized."""
-        heads = head_names(skeleton) if _is_classifier(skeleton) else []
-        return Needs(full_precision=tuple(heads))
+        return Needs(full_precision=tuple(head_names(skeleton)))
 
     def peft_config(self, model: nn.Module, context: Context) -> PeftConfig:
         """PEFT's LoraConfig for this model."""
         from peft import LoraConfig
 
-        classify = context.task == "classify" or _is_classifier(model)
         targets: Any = self.targets if isinstance(self.targets, str) else list(self.targets)
         alpha: Any = 2 * self.rank if self.alpha is None else self.alpha
         return LoraConfig(
@@ -87,8 +87,8 @@ class LoRA(PeftStrategy):
             target_modules=targets,
             use_rslora=self.rank_stabilised,
             bias=self.bias,
-            modules_to_save=head_names(model) if classify else None,
-            task_type="SEQ_CLS" if classify else "CAUSAL_LM",
+            modules_to_save=head_names(model) or None,
+            task_type=peft_task_type(model),
         )
 
     @classmethod
@@ -100,7 +100,7 @@ class LoRA(PeftStrategy):
         unknown = [key for key in _UNKNOWN_FEATURES if values.get(key)]
         if values.get("init_lora_weights") not in (True, False, None, "gaussian"):
             unknown.append("init_lora_weights")
-        if values.get("modules_to_save") and values.get("task_type") != "SEQ_CLS":
+        if values.get("modules_to_save") and values.get("task_type") not in HEAD_TASK_TYPES:
             unknown.append("modules_to_save")
         if unknown:
             raise AdapterError(
@@ -213,7 +213,3 @@ def _another_base(
         found=f"adapter {shape}, base {found or 'has no such tensor'}",
         fix="name the base model it was trained on",
     )
-
-
-def _is_classifier(model: nn.Module) -> bool:
-    return type(model).__name__.endswith("ForSequenceClassification")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qft.errors import AdapterError, RecipeError, first_line
+from qft.lean.model_parts import writes_text
 from qft.strategy import Context, Strategy
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER = "default"  # the adapter name PEFT's own get_peft_model uses
 _PREFIX = "base_model.model."
+HEAD_TASK_TYPES = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # PEFT's names for models with a head
 
 
 class PeftStrategy(Strategy):
@@ -65,16 +67,15 @@ class PeftStrategy(Strategy):
         set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """The classification head's modules: what hangs beside the base model and has parameters."""
-    prefix = getattr(model, "base_model_prefix", "")
-    getter: Any = getattr(model, "get_output_embeddings", lambda: None)
-    output = getter()
-    return [
-        name
-        for name, child in model.named_children()
-        if name != prefix and child is not output and any(True for _ in child.parameters())
-    ]
+def peft_task_type(model: nn.Module) -> str:
+    """PEFT's name for what the model is made for; it chooses PEFT's wrapper class by it."""
+    if writes_text(model):
+        halves = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        return "SEQ_2_SEQ_LM" if halves else "CAUSAL_LM"
+    kind = type(model).__name__
+    if kind.endswith("ForQuestionAnswering"):
+        return "QUESTION_ANS"
+    return "TOKEN_CLS" if kind.endswith("ForTokenClassification") else "SEQ_CLS"
 
 
 def read_config(folder: Path, peft_type: str) -> dict[str, Any] | None:

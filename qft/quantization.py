@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from qft.errors import RecipeError
+from qft.lean.model_parts import head_names, output_embeddings
 
 if TYPE_CHECKING:
     import torch
@@ -57,16 +58,8 @@ def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list
     A head is whatever hangs beside the base model (``classifier``, ``score``, ``lm_head``): it is
     new or decides every logit, and rounding it costs the most for the fewest bytes.
     """
-    from torch import nn
-
-    prefix = getattr(skeleton, "base_model_prefix", "")
-    kept = {
-        name
-        for name, child in skeleton.named_children()
-        if name != prefix and any(isinstance(m, nn.Linear) for m in child.modules())
-    }
-    model: Any = skeleton
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = output_embeddings(skeleton)
+    kept = set(head_names(skeleton))
     kept |= {name for name, module in skeleton.named_modules() if module is output}
     return sorted(kept | set(also))
 

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+ALL_TASKS = frozenset({"text", "instruct", "chat", "seq2seq", "classify", "extract", "token"})
+
 
 @dataclass(frozen=True)
 class Needs:
@@ -93,7 +95,7 @@ class Strategy(BaseModel):
     @property
     def tasks(self) -> frozenset[str]:
         """The tasks it can train."""
-        return frozenset({"text", "instruct", "chat", "classify"})
+        return ALL_TASKS
 
     @property
     def objective(self) -> Objective:

@@ -165,11 +165,11 @@ def test_a_trained_head_is_replaced_by_a_further_training(tiny_bert: Path, tmp_p
     assert report["tensors"] == len(load_file(tmp_path / "merged/model.safetensors"))
 
 
-def test_only_for_classification(tiny_llama: Path) -> None:
-    assert Head().tasks == {"classify"}
+def test_only_for_models_with_a_head(tiny_llama: Path) -> None:
+    assert Head().tasks == {"classify", "extract", "token"}
     assert Head().mergeable
     skeleton = open_skeleton(tiny_llama, ModelSpec(str(tiny_llama)))
-    with pytest.raises(RecipeError, match="no classification head"):
+    with pytest.raises(RecipeError, match="no head of its own"):
         Head().attach(skeleton, Context())
 
 

@@ -24,7 +24,7 @@ README = REPOSITORY / "README.md"
 _PLACES = """
     errors files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
-    lean.dropout
+    lean.dropout lean.model_parts
     quantization pooling shards shard_writer models adapter_folder
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
     data.classify data.tasks

@@ -1,0 +1,63 @@
+"""The parts of a transformers model: its stacks of layers, its output embeddings, its heads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# What hangs beside a base model and is none of its heads: T5 and encoder-decoder models keep their
+# halves and the shared embeddings at the top.
+_HALVES = ("encoder", "decoder", "shared")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What turns hidden states into words; None where the model writes no text."""
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    found: nn.Module | None = getter() if getter is not None else None
+    return found
+
+
+def writes_text(model: nn.Module) -> bool:
+    """Whether the model predicts tokens of a vocabulary (else it has a head of its task)."""
+    return output_embeddings(model) is not None
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """The task's own modules: what hangs beside the base model and has parameters.
+
+    A classifier's ``classifier`` or ``score``, a reader's ``qa_outputs``; a language model has
+    none, since its output embeddings came with it.
+    """
+    if writes_text(model):
+        return []
+    beside = {getattr(model, "base_model_prefix", ""), *_HALVES}
+    return [
+        name
+        for name, child in model.named_children()
+        if name not in beside and any(True for _ in child.parameters())
+    ]
+
+
+def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """The stacks of layers by module name, in the order data passes them.
+
+    One for a decoder or an encoder, two for an encoder-decoder (encoder first).
+    """
+    from torch import nn
+
+    stacks: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and _are_layers(module):
+            stacks[name] = module
+    return dict(sorted(stacks.items(), key=lambda stack: "decoder" in stack[0].split(".")))
+
+
+def _are_layers(stack: nn.ModuleList) -> bool:
+    """A layer mixes and transforms: several matrices, within modules of their own."""
+    return len(stack) > 0 and all(
+        sum(child.weight is not None for child in layer.modules() if hasattr(child, "weight")) >= 3
+        for layer in stack
+    )
