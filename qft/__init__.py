@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qft import export
+    from qft.checking import check
     from qft.errors import QftError
     from qft.export.delivery import merge
     from qft.opening import open_any
@@ -23,6 +24,7 @@ _HOMES = {
     "QftError": "qft.errors",
     "Recipe": "qft.recipe",
     "build_recipe": "qft.recipe",
+    "check": "qft.checking",
     "load_recipe": "qft.recipe",
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
@@ -35,6 +37,7 @@ __all__ = [
     "QftError",
     "Recipe",
     "build_recipe",
+    "check",
     "export",
     "load_recipe",
     "merge",

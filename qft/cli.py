@@ -111,6 +111,31 @@ def train(
     _print(result.report, as_json, lambda: print(result.folder))
 
 
+@app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, for example train.max_length=256.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens a recipe would train on, and what is wrong with its data."""
+    from rich.console import Console
+
+    from qft.checking import check as run
+    from qft.checking import lines
+    from qft.recipe import load_recipe
+
+    report = run(load_recipe(recipe, overrides or []), reporter=_reporter(False, as_json))
+
+    def show() -> None:
+        console = Console(highlight=False, soft_wrap=True)
+        for line in lines(report):
+            console.print(line)
+
+    _print(report, as_json, show)
+
+
 @app.command("eval")
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],

@@ -46,6 +46,7 @@ class Columns(Settings):
     input: ColumnName | None = Field(None, description="what the instruction is about (instruct)")
     completion: ColumnName | None = Field(None, description="the answer (instruct)")
     messages: ColumnName | None = Field(None, description="the conversation (chat)")
+    tools: ColumnName | None = Field(None, description="functions the model may call (chat)")
 
 
 class Data(Settings):
@@ -64,6 +65,15 @@ class Data(Settings):
     )
     too_long: Literal["error", "truncate", "drop"] = Field(
         "error", description="a row longer than max_length (text is cut into blocks instead)"
+    )
+    supervise: Literal["all", "last"] = Field(
+        "all", description="chat: the assistant's turns that are trained on"
+    )
+    max_cut_share: float = Field(
+        0.1, ge=0, le=1, description="refuse if truncation cuts off more of the rows' completions"
+    )
+    max_duplicate_share: float = Field(
+        0.01, ge=0, le=1, description="refuse if more of the held-out rows are training rows too"
     )
 
     @field_validator("labels")

@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from qft import checkpoints
 from qft.data.tasks import Example, Task
+from qft.first_step import FirstStepCheck
 from qft.recipe import Train
 from qft.step import StepResult, accumulate_gradients
 from qft.strategy import Strategy
@@ -83,7 +84,11 @@ class StepTrainer(Trainer):
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._batches = StepBatches(len(job.examples), job.settings.batch_size, job.settings.seed)
         arguments = training_arguments(job, len(self._batches), next(model.parameters()).device)
-        own: list[TrainerCallback] = [_Epochs(self._batches), _AfterStep(self)]
+        own: list[TrainerCallback] = [
+            _Epochs(self._batches),
+            FirstStepCheck(model),  # before the strategy may change what trains
+            _AfterStep(self),
+        ]
         if job.settings.early_stopping and job.evaluate:
             own.append(_EarlyStopping(job.settings.early_stopping))
         # transformers refuses to train a quantized model without PEFT; head-only is just that

@@ -15,10 +15,11 @@ from transformers import set_seed
 
 from qft import hardware, models
 from qft.card import make_card, write_card
-from qft.data.tasks import TASKS, ExampleSet, Task, load_train_eval, pad_id
+from qft.data.tasks import ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
+from qft.inputs import Inputs, open_inputs, require_possible, spec_of
 from qft.merging.tensors import ModuleTensors
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
@@ -55,10 +56,7 @@ class _Opened:
     """A recipe's model and data, ready to train."""
 
     model: nn.Module
-    tokenizer: Any
-    task: Task
-    train: ExampleSet
-    held_out: ExampleSet | None
+    inputs: Inputs
     card: dict[str, Any]
 
 
@@ -81,7 +79,7 @@ def train(
         QftError: see :mod:`qft.errors`; the run folder keeps its checkpoints.
     """
     folder = Path(recipe.output)
-    _check_task(recipe)
+    require_possible(recipe)
     local = [Path(p) for p in (recipe.model, recipe.data.train, recipe.data.eval) if p]
     require_apart(folder, *(path for path in local if path.exists()))
     start = find_start(folder, recipe, resume, overwrite, reporter)
@@ -90,7 +88,7 @@ def train(
     reporter.say(f"device: {hardware_choice.reason}")
     opened = _open(recipe, hardware_choice, reporter)
     identity = {
-        "data": opened.train.fingerprint,
+        "data": opened.inputs.train.fingerprint,
         "base": opened.card["base_fingerprint"],
         "dtype": opened.card["dtype"],
     }
@@ -103,56 +101,9 @@ def train(
     return _finish(recipe, opened, trainer, report, folder, reporter)
 
 
-def spec_of(recipe: Recipe, labels: tuple[str, ...] | None = None) -> models.ModelSpec:
-    """How a recipe wants its model opened."""
-    chosen = hardware.choose(recipe.device, recipe.dtype)
-    return models.ModelSpec(
-        source=recipe.model,
-        task=recipe.task,
-        labels=labels,
-        pooling=recipe.pooling,
-        quantize=recipe.quantize,
-        dtype=chosen.dtype,
-        device=chosen.device,
-        trust=models.Trust(recipe.allow_pickle, recipe.trust_remote_code),
-    )
-
-
-def _check_task(recipe: Recipe) -> None:
-    strategy = recipe.strategy
-    if recipe.task not in strategy.tasks:
-        raise RecipeError(
-            f"The strategy {strategy.name!r} cannot train the task {recipe.task!r}.",
-            where="task",
-            fix=f"it can: {', '.join(sorted(strategy.tasks))}",
-        )
-    held_out = recipe.data.eval is not None or recipe.data.eval_share > 0
-    if recipe.train.early_stopping and not held_out:
-        raise RecipeError(
-            "Early stopping needs held-out rows to judge by.",
-            where="train.early_stopping",
-            fix="data.eval: FILE, or data.eval_share: 0.05",
-        )
-    if strategy.objective.kind != "task":
-        raise RecipeError(
-            f"The objective {strategy.objective.kind!r} is not available in this version.",
-            where="strategy",
-        )
-
-
 def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Opened:
-    trust = models.Trust(recipe.allow_pickle, recipe.trust_remote_code)
-    base = models.resolve_folder(recipe.model, trust)
-    models.check_folder(base, trust)
-    tokenizer = models.open_tokenizer(base, trust)
-    task = TASKS[recipe.task]
-    _check_length(recipe, base)
-    training, held_out = load_train_eval(recipe, tokenizer)
-    for part, name in ((training, "train"), (held_out, "eval")):
-        if part is not None:
-            reporter.say(f"{name}: {len(part.examples)} examples")
-            for note in part.notes:
-                reporter.say(f"{name}: {note}")
+    inputs = open_inputs(recipe, reporter)
+    base, training = inputs.base, inputs.train
     spec = spec_of(recipe, training.labels)
     skeleton = models.open_skeleton(base, spec)
     needs = recipe.strategy.needs(skeleton)
@@ -164,36 +115,18 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
         f"{held if held != 'none' else str(chosen.dtype)[6:]}, "
         f"loaded in {time.monotonic() - started:.1f} s"
     )
-    context = _context(recipe, needs, base, skeleton, training, task, tokenizer)
+    context = _context(recipe, needs, skeleton, inputs)
     model = prepare(
         model, recipe.strategy, checkpointing=recipe.memory.checkpointing, context=context
     )
     _say_trainable(model, reporter)
     card = _card(recipe, base, training, skeleton, chosen)
-    return _Opened(model, tokenizer, task, training, held_out, card)
+    return _Opened(model, inputs, card)
 
 
-def _check_length(recipe: Recipe, base: Path) -> None:
-    limit = models.longest_input(base, spec_of(recipe))
-    if limit is not None and recipe.train.max_length > limit:
-        raise RecipeError(
-            "Sequences would be longer than the model takes.",
-            where="train.max_length",
-            found=f"{recipe.train.max_length}; the model takes {limit} tokens",
-            fix=f"train.max_length: {limit}",
-        )
-
-
-def _context(
-    recipe: Recipe,
-    needs: Needs,
-    base: Path,
-    skeleton: nn.Module,
-    training: ExampleSet,
-    task: Task,
-    tokenizer: Any,
-) -> Context:
+def _context(recipe: Recipe, needs: Needs, skeleton: nn.Module, inputs: Inputs) -> Context:
     """What the strategy asked for: calibration batches, the way to an unquantized weight."""
+    base, training = inputs.base, inputs.train
     size = min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
     starts = range(0, needs.calibration_batches * size, size)
     parts = [training.examples[i : i + size] for i in starts]
@@ -214,7 +147,9 @@ def _context(
         task=recipe.task,
         total_steps=total,
         seed=recipe.train.seed,
-        calibration=tuple(task.collate(part, pad_id(tokenizer)) for part in parts if part),
+        calibration=tuple(
+            inputs.task.collate(part, pad_id(inputs.tokenizer)) for part in parts if part
+        ),
         original_weight=original,
     )
 
@@ -256,21 +191,21 @@ def _card(
 
 
 def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Reporter) -> StepTrainer:
-    pad = pad_id(opened.tokenizer)
-    held_out = opened.held_out
+    pad = pad_id(opened.inputs.tokenizer)
+    held_out = opened.inputs.held_out
 
     def held_out_metrics(model: nn.Module) -> dict[str, float]:
         assert held_out is not None
         with reporter.bar("evaluate", len(held_out.examples)) as bar:
             return evaluate(
-                model, held_out.examples, opened.task, pad_token_id=pad, progress=bar.advance
+                model, held_out.examples, opened.inputs.task, pad_token_id=pad, progress=bar.advance
             )
 
     size = recipe.train.batch_size
     job = Job(
         strategy=recipe.strategy,
-        task=opened.task,
-        examples=opened.train.examples,
+        task=opened.inputs.task,
+        examples=opened.inputs.train.examples,
         settings=recipe.train,
         micro_batch=recipe.memory.micro_batch or min(size, DEFAULT_MICRO_BATCH),
         pad_token_id=pad,
@@ -339,7 +274,7 @@ def _finish(
         "strategy": settings_of(recipe.strategy),
         "base": Path(recipe.model).name,
         "base_fingerprint": opened.card["base_fingerprint"],
-        "data_fingerprint": opened.train.fingerprint,
+        "data_fingerprint": opened.inputs.train.fingerprint,
         "device": chosen.device,
         "dtype": str(chosen.dtype).removeprefix("torch."),
         "quantize": opened.card["quantize"],

@@ -272,7 +272,7 @@ def test_verification_failure_exits_5(
 ) -> None:
     from adapters.lora import LoRAMerge
 
-    job["data"]["eval"] = job["data"]["train"]
+    job["data"] |= {"eval": job["data"]["train"], "max_duplicate_share": 1}
     assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
     plain = LoRAMerge.edit
 

@@ -116,7 +116,12 @@ def test_forms_of_conversations(value):
         ([USER, {"role": "wizard", "content": "x"}], "role of a message is not known"),
         ([USER, {"role": "user", "content": [{"type": "text"}]}], "text is needed"),
         ([USER, {"role": "user", "content": "\ud800"}], "surrogate"),
-        ([USER, {"role": "assistant", "content": None, "tool_calls": [1]}], "calls tools"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [1]}], "call of a tool"),
+        ([USER, {"role": "assistant", "tool_calls": 1}], "tool_calls is no list"),
+        (
+            [USER, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}],
+            "no JSON",
+        ),
     ],
 )
 def test_bad_conversations(value, what):

@@ -35,7 +35,7 @@ def job(base: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "model": str(base),
         "task": "classify",
-        "data": {"train": str(rows), "eval": str(rows)},
+        "data": {"train": str(rows), "eval": str(rows), "max_duplicate_share": 1},
         "strategy": {"name": "head"},
         "dtype": "float32",
         "device": "cpu",

@@ -6,14 +6,15 @@ the model must write. Both are prefixes of the whole conversation's text, so the
 borders, and the tokens are found by their offsets. Nothing is searched for: a user may write
 `<|im_start|>assistant` and is not taken for one.
 
-A template that renders earlier turns otherwise once later ones follow has no such prefixes. Then
-its `{% generation %}` marks are used, if it has them.
+A template that renders earlier turns otherwise once later ones follow (it drops their thoughts)
+has no such prefixes. Then its `{% generation %}` marks are used, if it has them; else each turn of
+the assistant becomes a sequence of its own that ends there, which is what generation will see.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qft.data.columns import Message
@@ -23,6 +24,7 @@ from qft.errors import DataError, ModelError, QftError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
+Tools = Sequence[Mapping[str, Any]] | None
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -47,9 +49,16 @@ def require_template(tokenizer: Tokenizer) -> None:
 
 
 def render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Tools = None,
 ) -> str:
     """The conversation as the template writes it, by transformers' sandboxed renderer.
+
+    Args:
+        tools: descriptions of the functions the model may call, for templates that show them.
 
     Raises:
         DataError: no template, or one that does not accept these messages.
@@ -64,6 +73,7 @@ def render(
             [list(messages)],
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            tools=list(tools) if tools else None,
         )[0]
     )
 
@@ -116,22 +126,65 @@ def mask_assistant(
     return encoded.input_ids, encoded.labels
 
 
-def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
+def encode_chat(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Tools = None
+) -> Encoded:
     """As `mask_assistant`, with the bytes each token stands for."""
-    text = render(tokenizer, messages)
+    sequences = encode_turns(tokenizer, messages, tools=tools)
+    if len(sequences) > 1:
+        raise _no_places(tokenizer, "it renders earlier turns otherwise once others follow")
+    return sequences[0]
+
+
+def encode_turns(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    last_only: bool = False,
+    tools: Tools = None,
+) -> list[Encoded]:
+    """A conversation as sequences that together supervise each of the assistant's turns once.
+
+    One sequence, where the template lets one hold them all; else one for each turn, with the
+    conversation up to there.
+
+    Args:
+        last_only: supervise the assistant's last turn alone.
+
+    Raises:
+        DataError: see `mask_assistant`.
+    """
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    wanted = turns[-1:] if last_only else turns
+    text = render(tokenizer, messages, tools=tools)
+    spans, reason = _spans_by_prefix(tokenizer, messages, text, wanted, tools)
+    if spans is None:
+        spans = _spans_by_marks(tokenizer, messages, text, tools)
+        spans = spans[-1:] if spans and last_only else spans
+    if spans is not None:
+        return [_encode_spans(tokenizer, text, spans)]
+    if last_only:
+        raise _no_places(tokenizer, reason)
+    return [
+        sequence
+        for turn in wanted
+        for sequence in encode_turns(tokenizer, messages[: turn + 1], last_only=True, tools=tools)
+    ]
+
+
+def _no_places(tokenizer: Tokenizer, reason: str) -> DataError:
+    return DataError(
+        "The chat template does not show where the assistant's words are.",
+        where=getattr(tokenizer, "name_or_path", None),
+        found=reason,
+        fix="a template with {% generation %} marks around the assistant's words; or rows with "
+        "one assistant message each, at the end",
+    )
+
+
+def _encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Encoded:
     # The template writes bos itself where the model wants one; the tokenizer must add no second.
     ids, offsets = tokenize(tokenizer, text)
-    spans, reason = _spans_by_prefix(tokenizer, messages, text)
-    if spans is None:
-        spans = _spans_by_marks(tokenizer, messages, text)
-    if spans is None:
-        raise DataError(
-            "The chat template does not show where the assistant's words are.",
-            where=getattr(tokenizer, "name_or_path", None),
-            found=reason,
-            fix="a template with {% generation %} marks around the assistant's words; or rows with "
-            "one assistant message each, at the end",
-        )
     spans = [(start, start + len(text[start:end].rstrip())) for start, end in spans]
     encoded = supervise(tokenizer, text, ids, offsets, spans)
     _require_terminators(tokenizer, encoded, offsets, spans)
@@ -139,16 +192,20 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message]) -> Encoded:
 
 
 def _spans_by_prefix(
-    tokenizer: Tokenizer, messages: Sequence[Message], text: str
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    text: str,
+    wanted: Sequence[int],
+    tools: Tools,
 ) -> tuple[list[Span] | None, str]:
-    """Where the assistant's turns are, in characters of ``text``; else None and why not."""
+    """Where the wanted turns are, in characters of ``text``; else None and why not."""
     spans: list[Span] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    for i in wanted:
         try:
-            head = render(tokenizer, messages[:i], add_generation_prompt=True)
-            turn = render(tokenizer, messages[: i + 1]) if i + 1 < len(messages) else text
+            head = render(tokenizer, messages[:i], add_generation_prompt=True, tools=tools)
+            turn = text
+            if i + 1 < len(messages):
+                turn = render(tokenizer, messages[: i + 1], tools=tools)
         except QftError as error:
             return None, f"it cannot render the first messages alone: {error.found}"
         end = len(turn) if text.startswith(turn) else _common_end(tokenizer, turn, text)
@@ -183,7 +240,7 @@ def _own_tokens(tokenizer: Tokenizer) -> set[int]:
 
 
 def _spans_by_marks(
-    tokenizer: Tokenizer, messages: Sequence[Message], text: str
+    tokenizer: Tokenizer, messages: Sequence[Message], text: str, tools: Tools
 ) -> list[Span] | None:
     """The same from the template's `{% generation %}` marks; None where it has none."""
     if not _MARKS.search(tokenizer.get_chat_template()):
@@ -193,6 +250,7 @@ def _spans_by_marks(
         [list(messages)],
         return_dict=True,
         return_assistant_tokens_mask=True,
+        tools=list(tools) if tools else None,
         tokenizer_kwargs={"return_offsets_mapping": True},
     )
     spans: list[Span] = []

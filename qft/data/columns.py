@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qft.errors import DataError
 from qft.recipe import Columns
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content; a call of tools or its answer has more
 
 # For each task: role → the names that columns with it usually have, the surest first.
 USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -23,10 +24,11 @@ USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "completion": ("output", "completion", "response", "answer", "target"),
     },
     "chat": {
-        "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "content")
+        "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "content"),
+        "tools": ("tools", "functions"),
     },
 }
-OPTIONAL = {("instruct", "input")}
+OPTIONAL = {("instruct", "input"), ("chat", "tools")}
 
 _ROLES = {
     "system": "system",
@@ -173,13 +175,8 @@ def _read_message(message: Any, where: str) -> Message:
     keys: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
     role_key = next((key for key in _ROLE_KEYS if keys.get(key) is not None), None)
     content_key = next((key for key in _CONTENT_KEYS if keys.get(key) is not None), None)
-    if keys.get("tool_calls"):
-        raise DataError(
-            "A message calls tools, which cannot be trained yet.",
-            where=where,
-            fix="take these conversations out",
-        )
-    if role_key is None or content_key is None:
+    calls = keys.get("tool_calls")
+    if role_key is None or (content_key is None and not calls):
         raise DataError(
             "A message needs a role and its words.",
             where=where,
@@ -194,4 +191,38 @@ def _read_message(message: Any, where: str) -> Message:
             found=f"{message[role_key]!r:.80}",
             fix=f"one of {', '.join(_ROLES)}",
         )
-    return {"role": role, "content": _require_text(message[content_key], where)}
+    words = _require_text(message[content_key], where) if content_key is not None else ""
+    extra = {key: keys[key] for key in ("name", "tool_call_id") if keys.get(key) is not None}
+    if calls:
+        extra["tool_calls"] = [_read_call(call, where) for call in _as_list(calls, where)]
+    return {"role": role, "content": words, **extra}
+
+
+def _as_list(calls: Any, where: str) -> list[Any]:
+    if not isinstance(calls, (list, tuple)):
+        raise DataError("tool_calls is no list.", where=where, found=f"{calls!r:.80}")
+    return list(calls)
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    """A call in OpenAI's form; templates want its arguments as values, files hold them as text."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DataError(
+            "A call of a tool needs the function's name.",
+            where=where,
+            found=f"{call!r:.80}",
+            fix='{"type": "function", "function": {"name": "…", "arguments": {…}}}',
+        )
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise DataError(
+                "The arguments of a tool's call are no JSON.", where=where,
+                found=f"{arguments!r:.80}",
+            ) from None  # fmt: skip
+    named = {"name": function["name"], "arguments": arguments}
+    identity = {"id": call["id"]} if call.get("id") is not None else {}
+    return {**identity, "type": "function", "function": named}

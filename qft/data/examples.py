@@ -29,11 +29,13 @@ class Example:
         inputs: `input_ids` (list of int) and `labels`: a list of int, -100 where not trained, not
             shifted; or the class (int).
         label_bytes: UTF-8 bytes of the supervised text, for bits per byte; 0 for a class.
+        cut: whether `data.too_long: truncate` cut supervised tokens off.
     """
 
     index: int
     inputs: dict[str, Any]
     label_bytes: int = 0
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class EncodeSettings:
         too_long: what happens to a longer row.
         labels: the classes in order, None for other tasks than classification.
         index_offset: number of the first example.
+        supervise: all of the assistant's turns, or the last alone (chat).
     """
 
     columns: Mapping[str, str]
@@ -53,6 +56,7 @@ class EncodeSettings:
     too_long: TooLong = "error"
     labels: tuple[str, ...] | None = None
     index_offset: int = 0
+    supervise: Literal["all", "last"] = "all"
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,16 +214,17 @@ def language_examples(
         if kept.supervised == 0:
             cut_empty += 1
             continue
-        examples.append(example_of(kept, settings.index_offset + position))
+        whole = kept.supervised == sequence.supervised
+        examples.append(example_of(kept, settings.index_offset + position, cut=not whole))
     if cut_empty:
         notes.append(f"{cut_empty} of {len(encoded)} rows dropped: the cut left nothing to learn")
     return examples
 
 
-def example_of(sequence: Encoded, index: int) -> Example:
+def example_of(sequence: Encoded, index: int, *, cut: bool = False) -> Example:
     """A language example."""
     inputs = {"input_ids": sequence.input_ids, "labels": sequence.labels}
-    return Example(index, inputs, sequence.label_bytes)
+    return Example(index, inputs, sequence.label_bytes, cut)
 
 
 def collate_language(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from qft.data.chat import encode_chat, has_template, require_template
+from qft.data.chat import encode_chat, encode_turns, has_template, require_template
 from qft.data.columns import Message, read_messages, text_in
 from qft.data.encoding import (
     UNSUPERVISED,
@@ -30,6 +31,8 @@ from qft.errors import DataError
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+_Result = TypeVar("_Result")
 
 
 class LanguageTask(Task):
@@ -113,7 +116,8 @@ class InstructTask(LanguageTask):
         for number, row in rows:
             prompt, completion = self._read(row, settings.columns, number)
             if templated:
-                sequence = _encode_chat(tokenizer, prompt_messages(prompt, completion), number)
+                turns = prompt_messages(prompt, completion)
+                sequence = _naming_the_row(number, partial(encode_chat, tokenizer, turns))
             else:
                 sequence = encode_plain(tokenizer, prompt, completion)
             encoded.append((number, sequence))
@@ -143,20 +147,35 @@ class ChatTask(LanguageTask):
         settings: EncodeSettings,
         notes: list[str],
     ) -> list[Example]:
-        """One example a conversation."""
+        """One example a conversation, or one a turn where the template asks for it."""
         require_template(tokenizer)
-        column = settings.columns["messages"]
         encoded = [
-            (number, _encode_chat(tokenizer, read_messages(row[column], number), number))
+            (number, sequence)
             for number, row in rows
+            for sequence in self._sequences(tokenizer, row, number, settings)
         ]
+        if len(encoded) > len(rows):
+            notes.append(
+                f"{len(rows)} conversations became {len(encoded)} examples, one for each turn of "
+                "the assistant: the template renders a turn otherwise once others follow"
+            )
         return language_examples(encoded, settings, notes)
 
+    def _sequences(
+        self, tokenizer: Tokenizer, row: Mapping[str, Any], number: int, settings: EncodeSettings
+    ) -> list[Encoded]:
+        messages = read_messages(row[settings.columns["messages"]], number)
+        tools = row.get(settings.columns.get("tools", "")) or None
+        last_only = settings.supervise == "last"
+        return _naming_the_row(
+            number, lambda: encode_turns(tokenizer, messages, last_only=last_only, tools=tools)
+        )
 
-def _encode_chat(tokenizer: Tokenizer, messages: list[Message], number: int) -> Encoded:
-    """As `encode_chat`, with the row's number in what goes wrong."""
+
+def _naming_the_row(number: int, encode: Callable[[], _Result]) -> _Result:
+    """The row's number in what goes wrong."""
     try:
-        return encode_chat(tokenizer, messages)
+        return encode()
     except DataError as error:
         where = f"row {number}" + (f" ({error.where})" if error.where else "")
         raise DataError(error.what, where=where, found=error.found, fix=error.fix) from None

@@ -207,7 +207,9 @@ def _encode(
         classes = None
         if task.predicts == "class":
             classes = labels or data.labels or task.classes(rows, columns)
-        settings = EncodeSettings(columns, max_length, data.too_long, classes, index_offset)
+        settings = EncodeSettings(
+            columns, max_length, data.too_long, classes, index_offset, data.supervise
+        )
         examples = task.encode(rows, tokenizer, settings, notes)
     except DataError as error:
         where = source if error.where is None else f"{source}: {error.where}"

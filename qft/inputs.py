@@ -1,0 +1,115 @@
+"""What a recipe's training begins with, before a weight is loaded: tokenizer, examples, checks.
+
+`qft check` stops here and shows what it found; `train` goes on with the very same objects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qft import hardware, models
+from qft.data.preflight import preflight
+from qft.data.tasks import TASKS, ExampleSet, Task, load_train_eval
+from qft.errors import RecipeError
+from qft.progress import QUIET, Reporter
+from qft.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe's data, ready to train on.
+
+    Attributes:
+        base: folder of the base model, checked.
+        train: the training examples, past the preflight.
+        held_out: to judge by; None where the recipe has none.
+        notes: what a person should know, a sentence each.
+    """
+
+    base: Path
+    tokenizer: Any
+    task: Task
+    train: ExampleSet
+    held_out: ExampleSet | None
+    notes: list[str]
+
+
+def open_inputs(recipe: Recipe, reporter: Reporter = QUIET) -> Inputs:
+    """Opens the tokenizer, encodes the data and runs the preflight on it.
+
+    Raises:
+        RecipeError: the strategy cannot train the task, or the model's positions do not suffice.
+        ModelError: the base is missing, broken or not to be trusted.
+        DataError: the data cannot be read, does not fit the task, or would train the wrong tokens.
+    """
+    require_possible(recipe)
+    trust = models.Trust(recipe.allow_pickle, recipe.trust_remote_code)
+    base = models.resolve_folder(recipe.model, trust)
+    models.check_folder(base, trust)
+    tokenizer = models.open_tokenizer(base, trust)
+    _require_positions(recipe, base)
+    training, held_out = load_train_eval(recipe, tokenizer)
+    notes = []
+    for part, name in ((training, "train"), (held_out, "eval")):
+        if part is not None:
+            reporter.say(f"{name}: {len(part.examples)} examples")
+            notes += [f"{name}: {note}" for note in part.notes]
+    notes += preflight(recipe.task, training, held_out, tokenizer, recipe.data)
+    for note in notes:
+        reporter.say(note)
+    return Inputs(base, tokenizer, TASKS[recipe.task], training, held_out, notes)
+
+
+def spec_of(recipe: Recipe, labels: tuple[str, ...] | None = None) -> models.ModelSpec:
+    """How a recipe wants its model opened."""
+    chosen = hardware.choose(recipe.device, recipe.dtype)
+    return models.ModelSpec(
+        source=recipe.model,
+        task=recipe.task,
+        labels=labels,
+        pooling=recipe.pooling,
+        quantize=recipe.quantize,
+        dtype=chosen.dtype,
+        device=chosen.device,
+        trust=models.Trust(recipe.allow_pickle, recipe.trust_remote_code),
+    )
+
+
+def require_possible(recipe: Recipe) -> None:
+    """Refuses what the recipe alone shows to be impossible.
+
+    Raises:
+        RecipeError: the strategy cannot train the task; early stopping without held-out rows.
+    """
+    strategy = recipe.strategy
+    if recipe.task not in strategy.tasks:
+        raise RecipeError(
+            f"The strategy {strategy.name!r} cannot train the task {recipe.task!r}.",
+            where="task",
+            fix=f"it can: {', '.join(sorted(strategy.tasks))}",
+        )
+    held_out = recipe.data.eval is not None or recipe.data.eval_share > 0
+    if recipe.train.early_stopping and not held_out:
+        raise RecipeError(
+            "Early stopping needs held-out rows to judge by.",
+            where="train.early_stopping",
+            fix="data.eval: FILE, or data.eval_share: 0.05",
+        )
+    if strategy.objective.kind != "task":
+        raise RecipeError(
+            f"The objective {strategy.objective.kind!r} is not available in this version.",
+            where="strategy",
+        )
+
+
+def _require_positions(recipe: Recipe, base: Path) -> None:
+    limit = models.longest_input(base, spec_of(recipe))
+    if limit is not None and recipe.train.max_length > limit:
+        raise RecipeError(
+            "Sequences would be longer than the model takes.",
+            where="train.max_length",
+            found=f"{recipe.train.max_length}; the model takes {limit} tokens",
+            fix=f"train.max_length: {limit}",
+        )
