@@ -143,7 +143,7 @@ def evaluate(
         str | None, typer.Option("--data", help="Rows; a run knows its own held-out ones.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="text, instruct, chat or classify.")
+        str | None, typer.Option("--task", help="text, instruct, chat, seq2seq or classify.")
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,

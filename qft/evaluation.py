@@ -114,6 +114,9 @@ class _TokenScores:
 
     def score(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[list[float], int, int]:
         labels = batch["labels"]
+        if labels.shape != batch["input_ids"].shape:  # a decoder of its own; nothing is shifted
+            rows, columns = (labels != UNSUPERVISED).nonzero(as_tuple=True)
+            return _nats(model(**batch).logits, rows, columns, labels[rows, columns])
         wanted = labels[:, 1:] != UNSUPERVISED  # position t predicts label t + 1
         if not bool(wanted.any()):
             return [], 0, 0
@@ -127,16 +130,7 @@ class _TokenScores:
         ).logits[:, -keep:]
         rows, columns = wanted[:, first:].nonzero(as_tuple=True)
         targets = labels[:, 1:][rows, columns + first]
-        losses: list[float] = []
-        right = 0
-        for at in range(0, len(rows), CHUNK_POSITIONS):
-            part = slice(at, at + CHUNK_POSITIONS)
-            chosen = logits[rows[part], columns[part].to(logits.device)].float()
-            target = targets[part].to(chosen.device)
-            nats = nn.functional.cross_entropy(chosen, target, reduction="none")
-            losses += nats.double().tolist()
-            right += int((chosen.argmax(dim=-1) == target).sum())
-        return losses, right, len(losses)
+        return _nats(logits, rows, columns, targets)
 
     def add(self, scores: tuple[list[float], int, int]) -> None:
         self._losses += scores[0]
@@ -154,6 +148,22 @@ class _TokenScores:
             metrics["bits_per_byte"] = nats / math.log(2) / total_bytes
         metrics["token_accuracy"] = self._right / self._count
         return metrics
+
+
+def _nats(
+    logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor
+) -> tuple[list[float], int, int]:
+    """Each target's loss, how many were the likeliest, and how many there are."""
+    losses: list[float] = []
+    right = 0
+    for at in range(0, len(rows), CHUNK_POSITIONS):
+        part = slice(at, at + CHUNK_POSITIONS)
+        chosen = logits[rows[part], columns[part].to(logits.device)].float()
+        target = targets[part].to(chosen.device)
+        nats = nn.functional.cross_entropy(chosen, target, reduction="none")
+        losses += nats.double().tolist()
+        right += int((chosen.argmax(dim=-1) == target).sum())
+    return losses, right, len(losses)
 
 
 class _ClassScores:

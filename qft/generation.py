@@ -14,6 +14,7 @@ from qft.data.chat import render, terminators
 from qft.data.columns import Message
 from qft.data.encoding import encode_prompt, pad_id
 from qft.data.language import prompt_messages
+from qft.data.seq2seq import encode_source
 from qft.errors import RecipeError
 from qft.evaluation import evaluating
 
@@ -53,16 +54,22 @@ def generate(
         DataError: ``chat`` without a usable template.
     """
     chat = chat or any(not isinstance(prompt, str) for prompt in prompts)
-    encoded = [_encode(tokenizer, prompt, chat) for prompt in prompts]
+    encoded = [
+        encode_source(tokenizer, str(prompt))
+        if _has_decoder(model)
+        else _encode(tokenizer, prompt, chat)
+        for prompt in prompts
+    ]
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
     texts = [""] * len(encoded)
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
     with evaluating(model), _own_randomness(model, seed):
         for start in range(0, len(order), micro_batch):
             places = order[start : start + micro_batch]
-            batch = _left_padded([encoded[i] for i in places], pad_id(tokenizer), model)
+            batch = _padded([encoded[i] for i in places], pad_id(tokenizer), model)
             out = _generate(model, batch, settings)
-            new = out[:, batch["input_ids"].shape[1] :]
+            # an encoder-decoder's answer holds no prompt, but the token its decoder begins with
+            new = out[:, 1 if _has_decoder(model) else batch["input_ids"].shape[1] :]
             for place, ids in zip(places, new, strict=True):
                 texts[place] = str(tokenizer.decode(ids, skip_special_tokens=True))
     return texts
@@ -94,7 +101,11 @@ def stream_chat(
     from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
     chat = bool(tokenizer.chat_template)
-    ids = _encode(tokenizer, messages if chat else messages[-1]["content"], chat)
+    prompt = messages[-1]["content"]
+    if _has_decoder(model):
+        ids = encode_source(tokenizer, prompt)
+    else:
+        ids = _encode(tokenizer, messages if chat else prompt, chat)
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
     streamer: Any = TextIteratorStreamer(
         tokenizer,  # type: ignore[arg-type]
@@ -113,7 +124,7 @@ def stream_chat(
     def write() -> None:
         try:
             with evaluating(model), _own_randomness(model, seed):
-                batch = _left_padded([ids], pad_id(tokenizer), model)
+                batch = _padded([ids], pad_id(tokenizer), model)
                 _generate(
                     model,
                     batch,
@@ -188,18 +199,27 @@ def _stop_tokens(model: nn.Module, tokenizer: Tokenizer, chat: bool) -> list[int
     return sorted(stops)
 
 
-def _left_padded(
-    prompts: Sequence[list[int]], pad_token_id: int, model: nn.Module
-) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, ``[batch, longest]``; new tokens join on at the right."""
+def _padded(prompts: Sequence[list[int]], pad_token_id: int, model: nn.Module) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, ``[batch, longest]``.
+
+    On the left, since new tokens join on at the right; an encoder is padded as in training.
+    """
     longest = max(len(ids) for ids in prompts)
-    ids = [[pad_token_id] * (longest - len(p)) + p for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
+    ids, mask = [], []
+    for prompt in prompts:
+        gap = longest - len(prompt)
+        left, right = (0, gap) if _has_decoder(model) else (gap, 0)
+        ids.append([pad_token_id] * left + prompt + [pad_token_id] * right)
+        mask.append([0] * left + [1] * len(prompt) + [0] * right)
     device = next(model.parameters()).device
     return {
         "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
         "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),
     }
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _generate(

@@ -29,6 +29,7 @@ AUTO_CLASSES = {
     "text": "AutoModelForCausalLM",
     "instruct": "AutoModelForCausalLM",
     "chat": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
     "classify": "AutoModelForSequenceClassification",
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -200,12 +201,16 @@ def task_of(config: Mapping[str, Any]) -> str:
     if named.endswith("ForSequenceClassification"):
         return "classify"
     stored = config.get(TASK_KEY)
-    return stored if isinstance(stored, str) and stored in AUTO_CLASSES else "text"
+    if isinstance(stored, str) and stored in AUTO_CLASSES:
+        return stored
+    return "seq2seq" if config.get("is_encoder_decoder") else "text"
 
 
 def longest_input(folder: Path, spec: ModelSpec) -> int | None:
     """The most tokens the model has positions for; None where it sets no limit."""
     config = open_config(folder, spec)
+    if hasattr(config, "encoder") and hasattr(config, "decoder"):  # two models in one
+        config = min(config.encoder, config.decoder, key=lambda c: c.max_position_embeddings)
     limit = getattr(config, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0:
         return None
@@ -253,6 +258,8 @@ def open_skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
     except ValueError as error:
         raise _no_such_class(folder, spec, error) from error
     model.tie_weights()  # type: ignore[operator]
+    if spec.task == "seq2seq":
+        _drop_unused_pooler(model)
     if spec.task == "classify":
         install_pooling(model, _pooling(model, spec, folder))
     return model
@@ -279,7 +286,8 @@ def _no_such_class(folder: Path, spec: ModelSpec, error: Exception) -> ModelErro
         f"This model cannot do the task {spec.task!r}.",
         where=folder,
         found=read_config(folder).get("architectures"),
-        fix="text, instruct and chat need a decoder; classify takes encoders and decoders",
+        fix="text, instruct and chat need a decoder, seq2seq an encoder-decoder; classify takes "
+        "all of them",
     )
 
 
@@ -339,10 +347,39 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     quantization.guard_cpu_kernels(model)
     if spec.task == "classify":
         install_pooling(model, _pooling(model, spec, folder))
+    if spec.task == "seq2seq":
+        _drop_unused_pooler(model)
+        _require_decoder_start(model, folder)
     model.config._name_or_path = spec.source  # type: ignore[union-attr]
     model.name_or_path = spec.source  # type: ignore[assignment]
     model.eval()
     return model
+
+
+def _drop_unused_pooler(model: Any) -> None:
+    """A BERT that is half of an encoder-decoder keeps a pooler that nothing reads.
+
+    A strategy would hang an adapter on it that no loss reaches.
+    """
+    encoder: Any = getattr(model, "encoder", None)
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+
+
+def _require_decoder_start(model: Any, folder: Path) -> None:
+    """Without these two the decoder's inputs cannot be made of the labels."""
+    missing = [
+        name
+        for name in ("decoder_start_token_id", "pad_token_id")
+        if getattr(model.config, name, None) is None
+    ]
+    if missing:
+        raise ModelError(
+            "The model does not say how its decoder begins.",
+            where=folder / "config.json",
+            found=f"no {' and no '.join(missing)}",
+            fix="set them: BERT-type decoders begin with cls_token_id, T5's with pad_token_id",
+        )
 
 
 def _keep_new_heads(folder: Path, spec: ModelSpec, stored: Any) -> None:

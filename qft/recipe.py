@@ -19,7 +19,7 @@ from qft.errors import RecipeError
 from qft.registry import brief, build_strategy, check_strategy, settings_of
 from qft.strategy import Strategy
 
-TaskName = Literal["text", "instruct", "chat", "classify"]
+TaskName = Literal["text", "instruct", "chat", "seq2seq", "classify"]
 Quantize = Literal["none", "int8", "nf4", "fp4"]
 ColumnName = str | int
 
@@ -45,6 +45,8 @@ class Columns(Settings):
     prompt: ColumnName | None = Field(None, description="the instruction (instruct)")
     input: ColumnName | None = Field(None, description="what the instruction is about (instruct)")
     completion: ColumnName | None = Field(None, description="the answer (instruct)")
+    source: ColumnName | None = Field(None, description="the text to turn into another (seq2seq)")
+    target: ColumnName | None = Field(None, description="what it becomes (seq2seq)")
     messages: ColumnName | None = Field(None, description="the conversation (chat)")
     tools: ColumnName | None = Field(None, description="functions the model may call (chat)")
 
@@ -136,7 +138,7 @@ class Recipe(Settings):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     model: str = Field(description="hub id or folder of the base model")
-    task: TaskName = Field(description="text, instruct, chat or classify")
+    task: TaskName = Field(description="text, instruct, chat, seq2seq or classify")
     data: Data = Field(description="where the rows come from")
     strategy: Annotated[Strategy, BeforeValidator(_strategy)] = Field(
         description="what trains: {name: lora, rank: 16, …}; `qft strategies` lists them"

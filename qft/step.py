@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qft.data.seq2seq import target_lengths
 from qft.data.tasks import Example, Task
 from qft.errors import WillNotFitError, first_line
 from qft.preparation import prepared
@@ -114,7 +115,8 @@ def _attempt(
                 continue
             lengths = batch["attention_mask"].sum(dim=1).tolist()
             if state is not None:
-                state.clock.set(step, [e.index for e in part], lengths)
+                samples = [example.index for example in part]
+                state.clock.set(step, samples, lengths, *target_lengths(batch))
             output = model(**{name: value.to(device) for name, value in batch.items()})
             backward(output.loss * (count / denominator))
             loss_sum += output.loss.detach().float() * (count / max(sum(items), 1))

@@ -27,7 +27,7 @@ _PLACES = """
     lean.dropout lean.model_parts
     quantization pooling shards shard_writer models adapter_folder
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
-    data.classify data.tasks data.preflight inputs checking
+    data.seq2seq data.classify data.tasks data.preflight inputs checking
     preparation step checkpoints run_folder first_step trainer run_watch evaluation held_out
     merging.side_files merging.tensors merging.merge
     training

@@ -23,6 +23,10 @@ USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "input": ("input", "context"),
         "completion": ("output", "completion", "response", "answer", "target"),
     },
+    "seq2seq": {
+        "source": ("source", "src", "input", "text", "article", "document", "question", "en"),
+        "target": ("target", "tgt", "output", "summary", "highlights", "answer", "de", "zh"),
+    },
     "chat": {
         "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "content"),
         "tools": ("tools", "functions"),

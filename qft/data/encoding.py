@@ -154,6 +154,14 @@ def pad_id(tokenizer: Tokenizer) -> int:
     return 0
 
 
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """What ends a written text: eos, or sep where the family has only that (BERT's)."""
+    for candidate in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if isinstance(candidate, int):
+            return candidate
+    return None
+
+
 def require_eos(tokenizer: Tokenizer) -> int:
     """The token that ends a text.
 

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from qft.data.chat import terminators
-from qft.data.encoding import UNSUPERVISED
+from qft.data.encoding import UNSUPERVISED, end_token
 from qft.data.examples import Example, ExampleSet, fingerprint
 from qft.errors import DataError
 from qft.recipe import Data
@@ -99,8 +99,8 @@ def _never_ended(
     name: str, examples: Sequence[Example], task_name: str, tokenizer: Tokenizer
 ) -> list[DataError]:
     """Whether what ends an answer is ever a label."""
-    eos = tokenizer.eos_token_id
-    ends = {eos} if isinstance(eos, int) else set()
+    end = end_token(tokenizer)
+    ends = set() if end is None else {end}
     if task_name != "seq2seq" and tokenizer.chat_template:
         ends |= set(terminators(tokenizer))
     whole = [example for example in examples if not example.cut]

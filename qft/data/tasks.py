@@ -18,6 +18,7 @@ from qft.data.examples import (
     fingerprint,
 )
 from qft.data.language import ChatTask, InstructTask, TextTask
+from qft.data.seq2seq import Seq2SeqTask
 from qft.data.sources import read_rows
 from qft.errors import DataError
 from qft.recipe import Data, Recipe
@@ -37,7 +38,8 @@ __all__ = [
 ]
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (TextTask(), InstructTask(), ChatTask(), ClassifyTask())
+    task.name: task
+    for task in (TextTask(), InstructTask(), ChatTask(), Seq2SeqTask(), ClassifyTask())
 }
 
 _Item = TypeVar("_Item")

@@ -27,11 +27,21 @@ class Moment:
         step: the optimizer step.
         samples: the samples' own numbers, one a row.
         lengths: their true lengths in tokens, padding (on the right) left out.
+        targets: in an encoder-decoder the true lengths on the decoder's side, else empty.
+        target_width: the decoder's padded length, by which its activations are told from the
+            encoder's; it must differ from the encoder's.
     """
 
     step: int
     samples: tuple[int, ...]
     lengths: tuple[int, ...]
+    targets: tuple[int, ...] = ()
+    target_width: int = 0
+
+    def lengths_of(self, activation: Tensor) -> tuple[int, ...]:
+        """The true lengths of an activation's rows, by the side it belongs to."""
+        theirs = self.targets and activation.dim() == 3
+        return self.targets if theirs and activation.shape[1] == self.target_width else self.lengths
 
 
 class DropoutClock:
@@ -41,9 +51,16 @@ class DropoutClock:
         self.seed = seed
         self.moment: Moment | None = None
 
-    def set(self, step: int, samples: Sequence[int], lengths: Sequence[int]) -> None:
-        """Announces the micro-batch that comes next."""
-        self.moment = Moment(step, tuple(samples), tuple(lengths))
+    def set(
+        self,
+        step: int,
+        samples: Sequence[int],
+        lengths: Sequence[int],
+        targets: Sequence[int] = (),
+        target_width: int = 0,
+    ) -> None:
+        """Announces the micro-batch that comes next; see `Moment`."""
+        self.moment = Moment(step, tuple(samples), tuple(lengths), tuple(targets), target_width)
 
     def clear(self) -> None:
         """Back to the ordinary generator."""
@@ -66,7 +83,8 @@ class SeededDropout(nn.Dropout):
         if moment is None or input.is_meta or not _rows_are_samples(input, moment):
             return nn.functional.dropout(input, self.p, True)
         seeds = _seeds(self.clock.seed, moment, self.module_name)
-        output: Tensor = _Drop.apply(input, self.p, seeds, moment.lengths)  # type: ignore[no-untyped-call]
+        lengths = moment.lengths_of(input)
+        output: Tensor = _Drop.apply(input, self.p, seeds, lengths)  # type: ignore[no-untyped-call]
         return output
 
 
@@ -74,7 +92,7 @@ def _rows_are_samples(input: Tensor, moment: Moment) -> bool:
     """``[batch, width]`` or ``[batch, length, width]``; attention weights, say, are neither."""
     if input.dim() not in (2, 3) or input.shape[0] != len(moment.samples):
         return False
-    return input.dim() == 2 or input.shape[1] >= max(moment.lengths)
+    return input.dim() == 2 or input.shape[1] >= max(moment.lengths_of(input))
 
 
 class _Drop(torch.autograd.Function):
