@@ -17,7 +17,12 @@ from qft.registry import build_strategy, strategy_from_folder
 from qft.strategy import Context, Strategy
 
 _MARKS = (CARD, "adapter_config.json", "head_config.json")
-_PEFT_TASKS = {"SEQ_CLS": "classify", "SEQ_2_SEQ_LM": "seq2seq"}
+_PEFT_TASKS = {
+    "SEQ_CLS": "classify",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "QUESTION_ANS": "extract",
+    "TOKEN_CLS": "token",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class AdapterFolder:
             "source": self.base_source,
             "task": self.task,
             "labels": tuple(labels) if labels else None,
+            "labels_are": card.get("labels_are", "one"),
             "pooling": card.get("pooling", "auto"),
             "quantize": card.get("quantize", "none"),
             "dtype": models.DTYPES.get(str(card.get("dtype"))),

@@ -28,6 +28,7 @@ def make_card(
     dtype: str,
     strategy: Mapping[str, Any],
     max_length: int,
+    labels_are: str = "one",
 ) -> dict[str, Any]:
     """The card's content.
 
@@ -41,6 +42,7 @@ def make_card(
         "format": 1,
         "task": task,
         "labels": list(labels) if labels else None,
+        "labels_are": labels_are,
         "pooling": pooling,
         "base": base,
         "base_fingerprint": base_fingerprint,

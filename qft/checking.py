@@ -47,7 +47,7 @@ def check(recipe: Recipe, *, reporter: Reporter = QUIET) -> dict[str, Any]:
 
 
 def _model_facts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    spec = spec_of(recipe, inputs.train.labels)
+    spec = spec_of(recipe, inputs.train)
     skeleton = models.open_skeleton(inputs.base, spec)
     held = models.held_as(models.read_config(inputs.base), recipe.quantize)
     facts = {

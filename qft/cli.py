@@ -143,7 +143,8 @@ def evaluate(
         str | None, typer.Option("--data", help="Rows; a run knows its own held-out ones.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="text, instruct, chat, seq2seq or classify.")
+        str | None,
+        typer.Option("--task", help="As in a recipe, where it is not known."),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Longest sequence in tokens.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,
@@ -390,8 +391,9 @@ def _trust(allow_pickle: bool, remote_code: bool) -> Any:
 
 
 def _require_writer(task: str) -> None:
-    if task == "classify":
-        raise RecipeError("A classifier writes no text.", fix="qft eval MODEL --data FILE")
+    if task in ("classify", "extract", "token"):
+        raise RecipeError(f"A model for the task {task} writes no text.",
+                          fix="qft eval MODEL --data FILE")  # fmt: skip
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str | int]:

@@ -32,6 +32,7 @@ def held_out_examples(
     *,
     task: str,
     labels: tuple[str, ...] | None,
+    labels_are: str = "one",
     data: str | None = None,
     columns: dict[str, str | int] | None = None,
     max_length: int | None = None,
@@ -66,6 +67,7 @@ def held_out_examples(
         train=data,
         columns=Columns(**columns) if columns else (known.columns if known else Columns()),
         too_long=too_long or (known.too_long if known else "error"),  # type: ignore[arg-type]
+        labels_are=labels_are,  # type: ignore[arg-type]
     )
     length = max_length or (recipe.train.max_length if recipe is not None else 512)
     return load_examples(

@@ -62,13 +62,14 @@ def open_inputs(recipe: Recipe, reporter: Reporter = QUIET) -> Inputs:
     return Inputs(base, tokenizer, TASKS[recipe.task], training, held_out, notes)
 
 
-def spec_of(recipe: Recipe, labels: tuple[str, ...] | None = None) -> models.ModelSpec:
-    """How a recipe wants its model opened."""
+def spec_of(recipe: Recipe, training: ExampleSet | None = None) -> models.ModelSpec:
+    """How a recipe wants its model opened; its head is as wide as the training rows ask."""
     chosen = hardware.choose(recipe.device, recipe.dtype)
     return models.ModelSpec(
         source=recipe.model,
         task=recipe.task,
-        labels=labels,
+        labels=training.labels if training else None,
+        labels_are=training.labels_are if training else "one",
         pooling=recipe.pooling,
         quantize=recipe.quantize,
         dtype=chosen.dtype,

@@ -22,6 +22,7 @@ from torch import nn
 from qft import hardware, quantization
 from qft.errors import ModelError, RecipeError, first_line
 from qft.files import file_hash
+from qft.lean.model_parts import head_names
 from qft.pooling import install_pooling, resolve_pooling
 from qft.shards import ShardedCheckpoint
 
@@ -31,10 +32,22 @@ AUTO_CLASSES = {
     "chat": "AutoModelForCausalLM",
     "seq2seq": "AutoModelForSeq2SeqLM",
     "classify": "AutoModelForSequenceClassification",
+    "extract": "AutoModelForQuestionAnswering",
+    "token": "AutoModelForTokenClassification",
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
 TASK_KEY = "qft_task"  # in a delivered model's config.json: what it was trained for
+_HEAD_CLASSES = {
+    "classify": "ForSequenceClassification",
+    "extract": "ForQuestionAnswering",
+    "token": "ForTokenClassification",
+}
+_PROBLEMS = {
+    "one": "single_label_classification",
+    "many": "multi_label_classification",
+    "number": "regression",
+}
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -54,7 +67,8 @@ class ModelSpec:
     Attributes:
         source: folder or hub id.
         task: decides the model class.
-        labels: class names (classify).
+        labels: class names (classify) or tags (token).
+        labels_are: one class a row, ``many``, or a ``number`` (classify).
         pooling: see :mod:`qft.pooling` (classify).
         quantize: ``none``, ``int8``, ``nf4`` or ``fp4``.
         dtype: of weights and arithmetic; None is what the machine does best.
@@ -65,6 +79,7 @@ class ModelSpec:
     source: str
     task: str = "text"
     labels: tuple[str, ...] | None = None
+    labels_are: str = "one"
     pooling: str = "auto"
     quantize: str = "none"
     dtype: torch.dtype | None = None
@@ -198,12 +213,23 @@ def _optional_json(path: Path) -> dict[str, Any]:
 def task_of(config: Mapping[str, Any]) -> str:
     """The task a config.json says or implies; ``text`` for a base model that does not say."""
     named = str((config.get("architectures") or [""])[0])
-    if named.endswith("ForSequenceClassification"):
-        return "classify"
+    for task, ending in _HEAD_CLASSES.items():
+        if named.endswith(ending):
+            return task
     stored = config.get(TASK_KEY)
     if isinstance(stored, str) and stored in AUTO_CLASSES:
         return stored
     return "seq2seq" if config.get("is_encoder_decoder") else "text"
+
+
+def labels_in(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str]:
+    """The classes or tags a config.json names, in order, and what a label is."""
+    kinds = {problem: kind for kind, problem in _PROBLEMS.items()}
+    kind = kinds.get(str(config.get("problem_type")), "one")
+    names = config.get("id2label")
+    if kind == "number" or not isinstance(names, dict):
+        return None, kind
+    return tuple(str(names[key]) for key in sorted(names, key=int)), kind
 
 
 def longest_input(folder: Path, spec: ModelSpec) -> int | None:
@@ -229,10 +255,13 @@ def open_config(folder: Path, spec: ModelSpec) -> Any:
     from transformers import AutoConfig
 
     changes: dict[str, Any] = {}
-    if spec.task == "classify" and spec.labels:
+    if spec.task in ("classify", "token") and spec.labels:
         changes["id2label"] = dict(enumerate(spec.labels))
         changes["label2id"] = {name: number for number, name in enumerate(spec.labels)}
-        changes["problem_type"] = "single_label_classification"
+    if spec.task == "classify" and spec.labels_are == "number":
+        changes["num_labels"] = 1
+    if spec.task == "classify" and (spec.labels or spec.labels_are == "number"):
+        changes["problem_type"] = _PROBLEMS[spec.labels_are]
     try:
         return AutoConfig.from_pretrained(
             folder, trust_remote_code=spec.trust.remote_code, **changes
@@ -286,8 +315,8 @@ def _no_such_class(folder: Path, spec: ModelSpec, error: Exception) -> ModelErro
         f"This model cannot do the task {spec.task!r}.",
         where=folder,
         found=read_config(folder).get("architectures"),
-        fix="text, instruct and chat need a decoder, seq2seq an encoder-decoder; classify takes "
-        "all of them",
+        fix="text, instruct and chat need a decoder, seq2seq an encoder-decoder; classify, extract "
+        "and token take what transformers has a head for",
     )
 
 
@@ -328,9 +357,11 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
         )
     else:
         _keep_new_heads(folder, spec, stored)
+    model: nn.Module
     try:
-        model: nn.Module = _auto_class(spec.task).from_pretrained(
+        model, report = _auto_class(spec.task).from_pretrained(
             folder,
+            output_loading_info=True,
             config=config,
             dtype=dtype,
             quantization_config=settings,
@@ -342,6 +373,7 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
         if "Unrecognized configuration class" in str(error):
             raise _no_such_class(folder, spec, error) from error
         raise
+    _require_loaded(model, report["missing_keys"], folder)
     if not (settings or stored):
         model.to(chosen.device)
     quantization.guard_cpu_kernels(model)
@@ -354,6 +386,19 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     model.name_or_path = spec.source  # type: ignore[assignment]
     model.eval()
     return model
+
+
+def _require_loaded(model: nn.Module, missing: Sequence[str], folder: Path) -> None:
+    """Only a task's own head may be new; anything else would train on random weights."""
+    new = {*head_names(model), "pooler"}
+    lost = sorted(name for name in missing if new.isdisjoint(name.split(".")))
+    if lost:
+        raise ModelError(
+            "The folder does not hold all of the model's weights.",
+            where=folder,
+            found=f"{len(lost)} missing for {type(model).__name__}, first {lost[0]}",
+            fix="another task, or a model that was saved whole",
+        )
 
 
 def _drop_unused_pooler(model: Any) -> None:

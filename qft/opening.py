@@ -20,8 +20,9 @@ class Opened:
 
     Attributes:
         task: what it was trained for; ``text`` for a base model that does not say.
-        labels: class names (classify).
+        labels: class names (classify) or tags (token).
         adapter: where it is a run or an adapter.
+        labels_are: see :class:`qft.models.ModelSpec`.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Opened:
     task: str
     labels: tuple[str, ...] | None
     adapter: AdapterFolder | None
+    labels_are: str = "one"
 
 
 def open_any(
@@ -72,8 +74,9 @@ def open_any(
                           fix=", ".join(models.AUTO_CLASSES))  # fmt: skip
     spec = models.ModelSpec(source=source, task=named, trust=trust, **spec_changes)
     model = models.open_model(folder, spec)
-    labels = _labels(config) if spec.task == "classify" else None
-    return Opened(model, models.open_tokenizer(folder, trust), spec.task, labels, None)
+    labels, kind = models.labels_in(config) if named in ("classify", "token") else (None, "one")
+    tokenizer = models.open_tokenizer(folder, trust)
+    return Opened(model, tokenizer, spec.task, labels, None, kind)
 
 
 def _open_adapter(
@@ -82,11 +85,4 @@ def _open_adapter(
     spec = replace(found.spec(trust=trust), **spec_changes)
     model = open_adapter_model(found, spec)
     tokenizer = models.open_tokenizer(found.base, trust)
-    return Opened(model, tokenizer, found.task, spec.labels, found)
-
-
-def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
-    names = config.get("id2label")
-    if not isinstance(names, dict):
-        return None
-    return tuple(str(names[key]) for key in sorted(names, key=int))
+    return Opened(model, tokenizer, found.task, spec.labels, found, spec.labels_are)

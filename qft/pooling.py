@@ -103,6 +103,17 @@ def install_pooling(model: nn.Module, kind: str) -> None:
     model.forward = _pooled_forward(model, base, head_name, kind)  # type: ignore[method-assign]
 
 
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """By the labels' form: a class ``[batch]``, several ``[batch, classes]``, a number (float)."""
+    from torch.nn import functional
+
+    if not labels.is_floating_point():
+        return functional.cross_entropy(logits, labels)
+    if labels.dim() == 2:
+        return functional.binary_cross_entropy_with_logits(logits, labels)
+    return functional.mse_loss(logits.squeeze(-1), labels)
+
+
 def _pooled_forward(model: Any, base: Any, head_name: str, kind: str) -> Callable[..., Any]:
     from torch import nn
     from transformers.modeling_outputs import SequenceClassifierOutput
@@ -124,7 +135,7 @@ def _pooled_forward(model: Any, base: Any, head_name: str, kind: str) -> Callabl
         logits = getattr(model, head_name)(pooled)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(logits.float(), labels)
+            loss = _loss(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     return forward

@@ -19,7 +19,7 @@ from qft.errors import RecipeError
 from qft.registry import brief, build_strategy, check_strategy, settings_of
 from qft.strategy import Strategy
 
-TaskName = Literal["text", "instruct", "chat", "seq2seq", "classify"]
+TaskName = Literal["text", "instruct", "chat", "seq2seq", "classify", "extract", "token"]
 Quantize = Literal["none", "int8", "nf4", "fp4"]
 ColumnName = str | int
 
@@ -41,12 +41,18 @@ class Columns(Settings):
     """Which columns hold what, where the usual names do not fit (a number: no header line)."""
 
     text: ColumnName | None = Field(None, description="the text (text, classify)")
-    label: ColumnName | None = Field(None, description="the class (classify)")
+    text_pair: ColumnName | None = Field(None, description="a second text (classify)")
+    label: ColumnName | None = Field(None, description="the class or classes (classify)")
     prompt: ColumnName | None = Field(None, description="the instruction (instruct)")
     input: ColumnName | None = Field(None, description="what the instruction is about (instruct)")
     completion: ColumnName | None = Field(None, description="the answer (instruct)")
     source: ColumnName | None = Field(None, description="the text to turn into another (seq2seq)")
     target: ColumnName | None = Field(None, description="what it becomes (seq2seq)")
+    question: ColumnName | None = Field(None, description="what is asked (extract)")
+    context: ColumnName | None = Field(None, description="where the answer lies (extract)")
+    answers: ColumnName | None = Field(None, description="texts and their places (extract)")
+    tokens: ColumnName | None = Field(None, description="the words, a list (token)")
+    tags: ColumnName | None = Field(None, description="a tag a word, a list (token)")
     messages: ColumnName | None = Field(None, description="the conversation (chat)")
     tools: ColumnName | None = Field(None, description="functions the model may call (chat)")
 
@@ -63,7 +69,13 @@ class Data(Settings):
     limit: int | None = Field(None, ge=1, description="use only this many training rows")
     eval_limit: int | None = Field(None, ge=1, description="use only this many held-out rows")
     labels: tuple[Annotated[str, BeforeValidator(_number_as_name)], ...] | None = Field(
-        None, description="the classes in order; else those of the training rows, sorted"
+        None, description="the classes or tags in order; else those of the training rows, sorted"
+    )
+    labels_are: Literal["auto", "one", "many", "number"] = Field(
+        "auto", description="classify: one class a row, several (a list), or a number to predict"
+    )
+    stride: int = Field(
+        128, ge=0, description="extract: tokens that two windows of a long context share"
     )
     too_long: Literal["error", "truncate", "drop"] = Field(
         "error", description="a row longer than max_length (text is cut into blocks instead)"
@@ -138,7 +150,7 @@ class Recipe(Settings):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     model: str = Field(description="hub id or folder of the base model")
-    task: TaskName = Field(description="text, instruct, chat, seq2seq or classify")
+    task: TaskName = Field(description="text, instruct, chat, seq2seq, classify, extract or token")
     data: Data = Field(description="where the rows come from")
     strategy: Annotated[Strategy, BeforeValidator(_strategy)] = Field(
         description="what trains: {name: lora, rank: 16, …}; `qft strategies` lists them"

@@ -46,6 +46,7 @@ def score(
         opened.tokenizer,
         task=opened.task,
         labels=opened.labels,
+        labels_are=opened.labels_are,
         data=data,
         columns=columns,
         max_length=max_length,
@@ -60,5 +61,6 @@ def score(
             rows.examples,
             TASKS[opened.task],
             pad_token_id=pad_id(opened.tokenizer),
+            labels=rows.labels,
             progress=bar.advance,
         )

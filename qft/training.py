@@ -104,7 +104,7 @@ def train(
 def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Opened:
     inputs = open_inputs(recipe, reporter)
     base, training = inputs.base, inputs.train
-    spec = spec_of(recipe, training.labels)
+    spec = spec_of(recipe, training)
     skeleton = models.open_skeleton(base, spec)
     needs = recipe.strategy.needs(skeleton)
     held = models.held_as(models.read_config(base), recipe.quantize)
@@ -182,6 +182,7 @@ def _card(
         original_fingerprint=models.original_fingerprint(stored),
         task=recipe.task,
         labels=training.labels,
+        labels_are=training.labels_are,
         pooling=getattr(config, "qft_pooling", "auto"),
         quantize=models.held_as(stored, recipe.quantize),
         dtype=str(chosen.dtype).removeprefix("torch."),
@@ -198,7 +199,12 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
         assert held_out is not None
         with reporter.bar("evaluate", len(held_out.examples)) as bar:
             return evaluate(
-                model, held_out.examples, opened.inputs.task, pad_token_id=pad, progress=bar.advance
+                model,
+                held_out.examples,
+                opened.inputs.task,
+                pad_token_id=pad,
+                labels=held_out.labels,
+                progress=bar.advance,
             )
 
     size = recipe.train.batch_size

@@ -283,9 +283,10 @@ def test_a_label_outside_the_classes(load, plain):
 
 
 @pytest.mark.parametrize("value", [0.5, ["a"]])
-def test_a_label_that_is_no_class(load, plain, value):
+def test_a_label_that_is_no_single_class(load, plain, value):
+    rows = [{"text": "x", "label": value}]
     with pytest.raises(DataError, match="a text or a whole number"):
-        load("classify", plain, [{"text": "x", "label": value}])
+        load("classify", plain, rows, labels_are="one", labels=("a", "b"))
 
 
 def test_one_class_is_nothing_to_tell_apart(load, plain):

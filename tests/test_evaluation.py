@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from qft import evaluation
 from qft.data.tasks import TASKS, Example
 from qft.errors import ModelError, WillNotFitError
 from qft.evaluation import evaluate, evaluating
@@ -74,7 +73,7 @@ def test_neither_order_nor_micro_batch_nor_chunks_matter(llama, monkeypatch):
     assert run(llama, examples[::-1], micro_batch=3) == expected
     for micro_batch in (1, 2, 64):
         assert run(llama, examples, micro_batch=micro_batch) == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr(evaluation, "CHUNK_POSITIONS", 3)
+    monkeypatch.setattr("qft.judging.tokens.CHUNK_POSITIONS", 3)
     assert run(llama, examples, micro_batch=3) == pytest.approx(expected, rel=1e-6)
 
 

@@ -27,8 +27,10 @@ _PLACES = """
     lean.dropout lean.model_parts
     quantization pooling shards shard_writer models adapter_folder
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
-    data.seq2seq data.classify data.tasks data.preflight inputs checking
-    preparation step checkpoints run_folder first_step trainer run_watch evaluation held_out
+    data.seq2seq data.classify data.extract data.tagging data.tasks data.preflight inputs checking
+    preparation step checkpoints run_folder first_step trainer run_watch
+    metrics.answers metrics.entities
+    judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation held_out
     merging.side_files merging.tensors merging.merge
     training
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
@@ -37,6 +39,7 @@ _PLACES = """
     cli
 """
 ORDER = _PLACES.split()
+FRONTS = ("data", "demo", "judging", "lean", "merging", "metrics")  # packages that only describe
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def inside(imports: list[Import], *packages: str) -> list[Import]:
 
 
 def test_every_file_has_its_place_in_the_order():
-    packages = {"qft", *(f"qft.{name}" for name in ("data", "demo", "lean", "merging"))}
+    packages = {"qft", *(f"qft.{name}" for name in FRONTS)}
     placed = {f"qft.{name}" for name in ORDER}
     assert len(placed) == len(ORDER)
     assert set(MODULES) - packages == placed
@@ -115,7 +118,7 @@ def test_imports_run_one_way():
 
 
 def test_package_fronts_that_only_describe_import_nothing():
-    for module in ("qft", "qft.data", "qft.demo", "qft.lean", "qft.merging"):
+    for module in ("qft", *(f"qft.{name}" for name in FRONTS)):
         found = inside(imports_of(module, MODULES[module]), "qft", "adapters")
         assert not found, module
 

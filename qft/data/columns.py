@@ -15,8 +15,22 @@ Message = dict[str, Any]  # role and content; a call of tools or its answer has 
 USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {"text": ("text", "content", "story", "document", "passage", "sentence", "code")},
     "classify": {
-        "text": ("text", "sentence", "review", "content", "comment", "tweet", "title", "input"),
-        "label": ("label", "labels", "sentiment", "class", "category", "target", "stars"),
+        "text": (
+            "text",
+            "sentence",
+            "sentence1",
+            "premise",
+            "question1",
+            "text1",
+            "review",
+            "content",
+            "comment",
+            "tweet",
+            "title",
+            "input",
+        ),
+        "label": ("label", "labels", "sentiment", "class", "category", "target", "stars", "score"),
+        "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "text2"),
     },
     "instruct": {
         "prompt": ("instruction", "prompt", "question", "query"),
@@ -27,12 +41,21 @@ USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
         "source": ("source", "src", "input", "text", "article", "document", "question", "en"),
         "target": ("target", "tgt", "output", "summary", "highlights", "answer", "de", "zh"),
     },
+    "extract": {
+        "question": ("question", "query"),
+        "context": ("context", "passage", "paragraph", "text"),
+        "answers": ("answers", "answer"),
+    },
+    "token": {
+        "tokens": ("tokens", "words"),
+        "tags": ("ner_tags", "tags", "labels", "pos_tags", "entities"),
+    },
     "chat": {
         "messages": ("messages", "conversations", "conversation", "dialogue", "dialog", "content"),
         "tools": ("tools", "functions"),
     },
 }
-OPTIONAL = {("instruct", "input"), ("chat", "tools")}
+OPTIONAL = {("instruct", "input"), ("chat", "tools"), ("classify", "text_pair")}
 
 _ROLES = {
     "system": "system",

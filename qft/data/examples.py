@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 TooLong = Literal["error", "truncate", "drop"]
+LabelKind = Literal["one", "many", "number"]
 NumberedRow = tuple[int, Mapping[str, Any]]  # the number counts the source's rows from 1
 
 
@@ -27,15 +28,17 @@ class Example:
     Attributes:
         index: the example's own number: seeds its dropout, names it in errors.
         inputs: `input_ids` (list of int) and `labels`: a list of int, -100 where not trained, not
-            shifted; or the class (int).
+            shifted; or the class (int), the classes' zeros and ones, a number (float), a span.
         label_bytes: UTF-8 bytes of the supervised text, for bits per byte; 0 for a class.
         cut: whether `data.too_long: truncate` cut supervised tokens off.
+        truth: what the evaluation needs beside the labels (`qft.data.extract.Window`).
     """
 
     index: int
     inputs: dict[str, Any]
     label_bytes: int = 0
     cut: bool = False
+    truth: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +49,11 @@ class EncodeSettings:
         columns: ``{role: column}``, as `qft.data.columns.find_columns` gives it.
         max_length: longest sequence in tokens.
         too_long: what happens to a longer row.
-        labels: the classes in order, None for other tasks than classification.
+        labels: the classes or tags in order, None for tasks without.
         index_offset: number of the first example.
         supervise: all of the assistant's turns, or the last alone (chat).
+        labels_are: one class a row, several, or a number (classify).
+        stride: tokens that two windows of a long context share, at most (extract).
     """
 
     columns: Mapping[str, str]
@@ -57,6 +62,8 @@ class EncodeSettings:
     labels: tuple[str, ...] | None = None
     index_offset: int = 0
     supervise: Literal["all", "last"] = "all"
+    labels_are: LabelKind = "one"
+    stride: int = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +72,17 @@ class ExampleSet:
 
     Attributes:
         examples: in the order of their rows.
-        labels: the classes in order; None for other tasks than classification.
+        labels: the classes or tags in order; None for tasks without, and for numbers.
         notes: facts for people, such as how many rows were dropped.
         fingerprint: SHA-256 of the encoded examples.
+        labels_are: one class a row, several, or a number (classify).
     """
 
     examples: list[Example]
     labels: tuple[str, ...] | None = None
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    labels_are: LabelKind = "one"
 
     def first(self, limit: int | None) -> ExampleSet:
         """At most ``limit`` examples, from the beginning."""
@@ -88,7 +97,9 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         for name, value in sorted(example.inputs.items()):
-            numbers = array("q", value if isinstance(value, list) else [value])
+            values = value if isinstance(value, list) else [value]
+            whole = all(isinstance(number, int) for number in values)
+            numbers = array("q" if whole else "d", values)
             digest.update(f"{name}{len(numbers)}:".encode())
             digest.update(numbers.tobytes())
     return digest.hexdigest()
@@ -98,7 +109,12 @@ class Task(ABC):
     """What a model is taught: from rows to examples, from examples to a batch."""
 
     name: ClassVar[str]
-    predicts: ClassVar[Literal["tokens", "class"]]  # what a label is, and so what is measured
+    # what a label is, and so what is measured
+    predicts: ClassVar[Literal["tokens", "class", "span", "tags"]]
+
+    def flatten(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The rows as one an example, where the task's usual files nest them."""
+        return list(rows)
 
     @abstractmethod
     def encode(
@@ -120,7 +136,7 @@ class Task(ABC):
 
         Returns:
             `input_ids` and `attention_mask` ``[batch, length]``; `labels` of the same shape (-100
-            where not trained) or ``[batch]`` (classes).
+            where not trained), ``[batch]`` or ``[batch, classes]``; a span's two positions.
         """
 
     @abstractmethod
@@ -146,13 +162,19 @@ def pad(examples: Sequence[Example], name: str, filler: int) -> Tensor:
 
 
 def padded_inputs(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """`input_ids` and `attention_mask`, ``[batch, longest]``; the mask is by position."""
+    """`input_ids` and `attention_mask`, ``[batch, longest]``; the mask is by position.
+
+    `token_type_ids` too, where the examples are pairs of texts and the tokenizer tells them apart.
+    """
     import torch
 
     input_ids = pad(examples, "input_ids", pad_token_id)
     lengths = torch.tensor([len(example.inputs["input_ids"]) for example in examples])
     mask = torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]
-    return {"input_ids": input_ids, "attention_mask": mask.to(torch.int64)}
+    batch = {"input_ids": input_ids, "attention_mask": mask.to(torch.int64)}
+    if "token_type_ids" in examples[0].inputs:
+        batch["token_type_ids"] = pad(examples, "token_type_ids", 0)
+    return batch
 
 
 def fit_lengths(

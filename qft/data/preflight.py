@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qft.data.chat import terminators
 from qft.data.encoding import UNSUPERVISED, end_token
 from qft.data.examples import Example, ExampleSet, fingerprint
+from qft.data.extract import Window
 from qft.errors import DataError
 from qft.recipe import Data
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 # Tasks whose answers end somewhere; plain text goes on.
 _ENDING = ("instruct", "chat", "seq2seq")
+# Tasks whose label is of the row, not of its tokens.
+_OF_ROWS = ("classify", "extract")
 
 
 def preflight(
@@ -40,7 +43,7 @@ def preflight(
     for name, part in (("train", training), ("eval", held_out)):
         if part is None:
             continue
-        labelled = [e for e in part.examples if isinstance(e.inputs["labels"], list)]
+        labelled = part.examples if task_name not in _OF_ROWS else []
         problems += _unsupervised(name, labelled, task_name)
         problems += _cut(name, part.examples, data)
         problems += _twice_begun(name, part.examples, tokenizer)
@@ -57,7 +60,8 @@ def preflight(
 
 
 def _unsupervised(name: str, examples: Sequence[Example], task_name: str) -> list[DataError]:
-    first = 0 if task_name == "seq2seq" else 1  # a causal model never predicts the first token
+    # a causal model never predicts the first token
+    first = 0 if task_name in ("seq2seq", "token") else 1
     empty = [e.index for e in examples if set(e.inputs["labels"][first:]) <= {UNSUPERVISED}]
     if not empty:
         return []
@@ -159,6 +163,11 @@ def shown_example(example: Example, tokenizer: Tokenizer, length: int = 400) -> 
         supervised tokens' ids, or the class; `tokens` and `supervised`: how many there are.
     """
     ids, labels = example.inputs["input_ids"], example.inputs["labels"]
+    if isinstance(example.truth, Window):  # the answer's span, as if its tokens were the labels
+        first, last = labels
+        labels = [first <= place <= last for place in range(len(ids))]
+        shown = shown_example(_with_labels(example, ids, labels), tokenizer, length)
+        return {**shown, "labels": [first, last], "supervised": last - first + 1}
     if not isinstance(labels, list) or len(labels) != len(ids):
         pieces: list[Piece] = [(_decoded(tokenizer, ids[:length]), False)]
         targets = labels if isinstance(labels, list) else [labels]
@@ -176,16 +185,22 @@ def shown_example(example: Example, tokenizer: Tokenizer, length: int = 400) -> 
     return {"pieces": pieces, "labels": wanted, "tokens": len(ids), "supervised": len(wanted)}
 
 
+def _with_labels(example: Example, ids: list[int], kept: list[bool]) -> Example:
+    labels = [i if keep else UNSUPERVISED for i, keep in zip(ids, kept, strict=True)]
+    return Example(example.index, {"input_ids": ids, "labels": labels})
+
+
 def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 def counts(part: ExampleSet) -> dict[str, int]:
-    """Examples, tokens and supervised labels (or rows, where a label is a class)."""
+    """Examples, tokens and supervised labels (or rows, where a label is the row's)."""
     total: Counter[str] = Counter(examples=len(part.examples))
     for example in part.examples:
         labels = example.inputs["labels"]
         total["tokens"] += len(example.inputs["input_ids"])
-        values = labels if isinstance(labels, list) else [labels]
+        whole = not isinstance(labels, list) or part.labels_are == "many" or example.truth
+        values = [0] if whole else labels
         total["supervised"] += sum(label != UNSUPERVISED for label in values)
     return dict(total)

@@ -113,7 +113,8 @@ def encode_target(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
 
 def target_lengths(batch: Mapping[str, Tensor]) -> tuple[list[int], int]:
     """The true lengths on the decoder's side and its padded one; nothing for other tasks."""
-    labels = batch["labels"]
-    if labels.dim() != 2 or labels.shape == batch["input_ids"].shape:
+    labels = batch.get("labels")
+    two_halves = labels is not None and labels.dim() == 2 and not labels.is_floating_point()
+    if labels is None or not two_halves or labels.shape == batch["input_ids"].shape:
         return [], 0
     return (labels != UNSUPERVISED).sum(dim=1).tolist(), int(labels.shape[1])

@@ -13,13 +13,16 @@ from qft.data.examples import (
     EncodeSettings,
     Example,
     ExampleSet,
+    LabelKind,
     NumberedRow,
     Task,
     fingerprint,
 )
+from qft.data.extract import ExtractTask
 from qft.data.language import ChatTask, InstructTask, TextTask
 from qft.data.seq2seq import Seq2SeqTask
 from qft.data.sources import read_rows
+from qft.data.tagging import TokenTask
 from qft.errors import DataError
 from qft.recipe import Data, Recipe
 
@@ -39,7 +42,15 @@ __all__ = [
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (TextTask(), InstructTask(), ChatTask(), Seq2SeqTask(), ClassifyTask())
+    for task in (
+        TextTask(),
+        InstructTask(),
+        ChatTask(),
+        Seq2SeqTask(),
+        ClassifyTask(),
+        ExtractTask(),
+        TokenTask(),
+    )
 }
 
 _Item = TypeVar("_Item")
@@ -111,6 +122,7 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
     training = _encode(
         task_name, rows, columns, tokenizer, data=data, max_length=max_length, source=data.train
     )
+    data = data.model_copy(update={"labels_are": training.labels_are})
     if held_out is not None:
         held = _encode(
             task_name,
@@ -182,7 +194,10 @@ def _split_text(
 def _read(
     task_name: str, source: str, data: Data, *, limit: int | None, split: str
 ) -> tuple[list[NumberedRow], dict[str, str]]:
-    rows = read_rows(source, columns=data.columns, limit=limit, split=split)
+    task = TASKS[task_name]
+    nested = type(task).flatten is not Task.flatten
+    found = read_rows(source, columns=data.columns, limit=None if nested else limit, split=split)
+    rows = task.flatten(found)[:limit] if nested else found
     try:
         columns = find_columns(task_name, rows, data.columns)
     except DataError as error:
@@ -206,11 +221,19 @@ def _encode(
     task = TASKS[task_name]
     notes: list[str] = []
     try:
+        kind = _label_kind(task, rows, columns, data)
         classes = None
-        if task.predicts == "class":
+        if task.predicts in ("class", "tags") and kind != "number":
             classes = labels or data.labels or task.classes(rows, columns)
         settings = EncodeSettings(
-            columns, max_length, data.too_long, classes, index_offset, data.supervise
+            columns,
+            max_length,
+            data.too_long,
+            classes,
+            index_offset,
+            data.supervise,
+            kind,
+            data.stride,
         )
         examples = task.encode(rows, tokenizer, settings, notes)
     except DataError as error:
@@ -223,4 +246,18 @@ def _encode(
             found="; ".join(notes) or f"{len(rows)} rows without text",
             fix="a longer train.max_length, or other rows",
         )
-    return ExampleSet(examples, classes, notes, fingerprint(examples))
+    return ExampleSet(examples, classes, notes, fingerprint(examples), kind)
+
+
+def _label_kind(
+    task: Task, rows: Sequence[NumberedRow], columns: Mapping[str, str], data: Data
+) -> LabelKind:
+    if not isinstance(task, ClassifyTask):
+        return "one"
+    if data.labels_are != "auto":
+        return data.labels_are
+    return "one" if data.labels and not _any_list(rows, columns) else task.kind_of(rows, columns)
+
+
+def _any_list(rows: Sequence[NumberedRow], columns: Mapping[str, str]) -> bool:
+    return any(isinstance(row[columns["label"]], (list, tuple)) for _, row in rows)

@@ -174,7 +174,10 @@ def _stored_dtype(tensors: MergedTensors) -> torch.dtype:
 
 def _plain_spec(source: str) -> models.ModelSpec:
     config = models.read_config(models.resolve_folder(source))
-    return models.ModelSpec(source, task=models.task_of(config))
+    labels, kind = models.labels_in(config)
+    task = models.task_of(config)
+    has_labels = task in ("classify", "token")
+    return models.ModelSpec(source, task, labels if has_labels else None, kind)
 
 
 def _folder_of(found: AdapterFolder | models.ModelSpec) -> Path:
@@ -190,7 +193,14 @@ def _rows(
     spec = found.spec() if isinstance(found, AdapterFolder) else found
     tokenizer = models.open_tokenizer(_folder_of(found))
     try:
-        return held_out_examples(source, tokenizer, task=spec.task, labels=spec.labels, data=data)
+        return held_out_examples(
+            source,
+            tokenizer,
+            task=spec.task,
+            labels=spec.labels,
+            labels_are=spec.labels_are,
+            data=data,
+        )
     except RecipeError as error:
         raise RecipeError(
             error.what, where=error.where, found=error.found, fix=f"{error.fix}, or {way_out}"

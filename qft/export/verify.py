@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from qft import models, quantization
 from qft.errors import ModelError, VerificationError
 from qft.files import write_json
+from qft.lean.model_parts import writes_text
 
 FILE = "verification.json"
 _ROWS = 4  # rows a forward pass: their logits are what is held
 _POSITIONS = 512  # positions compared at a time: [512, vocabulary] in float32, a few times
 _IGNORED = -100
+_FAR_BELOW = -1e4  # a logit that softmax makes nothing of, and that differs from itself by 0
 
 
 @dataclass(frozen=True)
@@ -169,19 +171,29 @@ def _predictions(
     reference: nn.Module, artefact: nn.Module, rows: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Both models' logits ``[positions, choices]`` and the labels ``[positions]``, on the CPU."""
-    inputs = {key: value for key, value in rows.items() if key != "labels"}
+    labels = rows.get("labels")
+    two_halves = _has_decoder(reference) and writes_text(reference)
+    places = ("start_positions", "end_positions")
+    left_out = places if two_halves else (*places, "labels")
+    inputs = {key: value for key, value in rows.items() if key not in left_out}
     first, second = (
-        model(**{k: v.to(_device(model)) for k, v in inputs.items()}).logits.cpu()
+        _logits(model(**{k: v.to(_device(model)) for k, v in inputs.items()}), inputs)
         for model in (reference, artefact)
     )
-    labels = rows.get("labels")
     if first.shape != second.shape:
         raise VerificationError(
             "The artefact's predictions have another shape than the reference's.",
             found=f"{tuple(second.shape)}, reference {tuple(first.shape)}",
         )
+    if places[0] in rows:  # two predictions a row
+        return first, second, torch.cat([rows[name] for name in places])
+    if first.dim() == 2 and labels is not None and labels.is_floating_point():
+        return (*_as_choices(first, second), None)
     if first.dim() == 2:  # a classifier: one prediction a row
         return first, second, labels
+    if labels is not None and (two_halves or hasattr(reference, "num_labels")):  # unshifted
+        kept = labels != _IGNORED
+        return first[kept], second[kept], labels[kept]
     if labels is not None:
         targets = labels[:, 1:]
         kept = targets != _IGNORED
@@ -190,6 +202,31 @@ def _predictions(
         mask = rows.get("attention_mask")
         kept = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, 1:].bool()
     return first[:, :-1][kept], second[:, :-1][kept], targets[kept]
+
+
+def _logits(output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """What a model answers, on the CPU; a reader of spans: starts above ends, padding left out."""
+    if not hasattr(output, "start_logits"):
+        return cast(Tensor, output.logits.cpu())
+    hidden = inputs["attention_mask"].cpu() == 0
+    sides = [side.float().cpu() for side in (output.start_logits, output.end_logits)]
+    return torch.cat([side.masked_fill(hidden, _FAR_BELOW) for side in sides])
+
+
+def _as_choices(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Several classes a row are as many yes-or-no choices; a number is above or below the mean."""
+    if first.shape[1] == 1:
+        first, second = first.float(), second.float()
+        spread = first.std() if len(first) > 1 and first.std() > 0 else torch.tensor(1.0)
+        mean = first.mean()
+        first, second = (first - mean) / spread, (second - mean) / spread
+    pairs = [side.reshape(-1, 1) for side in (first, second)]
+    a, b = (torch.cat([torch.zeros_like(side), side], dim=1) for side in pairs)
+    return a, b
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -267,8 +304,7 @@ def read_back(path: Path | str, *, dtype: torch.dtype | None = None) -> nn.Modul
     if file is not None:
         return _read_gguf(file, dtype or torch.float32)
     config = models.read_config(path)
-    named = str((config.get("architectures") or [""])[0])
-    task = "classify" if named.endswith("ForSequenceClassification") else "text"
+    task = models.task_of(config)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     chosen = dtype or getattr(torch, stored, torch.float32)
     spec = models.ModelSpec(source=str(path), task=task, dtype=chosen)
