@@ -16,7 +16,7 @@ from qft.errors import AdapterError
 from qft.registry import build_strategy, strategy_from_folder
 from qft.strategy import Context, Strategy
 
-_MARKS = (CARD, "adapter_config.json", "head_config.json")
+_MARKS = (CARD, "adapter_config.json", "trained_tensors.json")
 _PEFT_TASKS = {
     "SEQ_CLS": "classify",
     "SEQ_2_SEQ_LM": "seq2seq",

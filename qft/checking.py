@@ -11,7 +11,7 @@ from qft import models
 from qft.data.preflight import counts, shown_example
 from qft.errors import printable
 from qft.files import free_disk_bytes
-from qft.inputs import Inputs, open_inputs, spec_of
+from qft.inputs import Inputs, open_inputs, require_positions, spec_of
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.recipe import Recipe
 from qft.strategy import Context
@@ -55,6 +55,7 @@ def _model_facts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
         "parameters": _count(skeleton, trained=False),
         "base": held if held != "none" else str(spec.dtype).removeprefix("torch."),
     }
+    require_positions(recipe, inputs.base, recipe.strategy.needs(skeleton).extra_positions)
     attached = recipe.strategy.attach(skeleton, Context(task=recipe.task, total_steps=100))
     return {**facts, "trained_parameters": _count(attached, trained=True)}
 

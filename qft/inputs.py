@@ -49,7 +49,7 @@ def open_inputs(recipe: Recipe, reporter: Reporter = QUIET) -> Inputs:
     base = models.resolve_folder(recipe.model, trust)
     models.check_folder(base, trust)
     tokenizer = models.open_tokenizer(base, trust)
-    _require_positions(recipe, base)
+    require_positions(recipe, base)
     training, held_out = load_train_eval(recipe, tokenizer)
     notes = []
     for part, name in ((training, "train"), (held_out, "eval")):
@@ -105,12 +105,21 @@ def require_possible(recipe: Recipe) -> None:
         )
 
 
-def _require_positions(recipe: Recipe, base: Path) -> None:
+def require_positions(recipe: Recipe, base: Path, taken: int = 0) -> None:
+    """Refuses sequences that the model has not enough positions for.
+
+    Args:
+        taken: positions that the strategy needs for itself.
+
+    Raises:
+        RecipeError: `train.max_length` is too large.
+    """
     limit = models.longest_input(base, spec_of(recipe))
-    if limit is not None and recipe.train.max_length > limit:
+    if limit is not None and recipe.train.max_length > limit - taken:
+        used = f", of which the strategy takes {taken}" if taken else ""
         raise RecipeError(
             "Sequences would be longer than the model takes.",
             where="train.max_length",
-            found=f"{recipe.train.max_length}; the model takes {limit} tokens",
-            fix=f"train.max_length: {limit}",
+            found=f"{recipe.train.max_length}; the model takes {limit} tokens{used}",
+            fix=f"train.max_length: {limit - taken}",
         )

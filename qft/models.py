@@ -347,6 +347,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
                 fix="quantize: none",
             )
         kept = quantization.unquantized_modules(skeleton, keep)
+        if spec.quantize != "none":
+            quantization.require_something_left(skeleton, kept)
         settings = quantization.loading_config(spec.quantize, dtype, kept)
     elif spec.quantize not in ("none", stored_kind(stored)):
         raise RecipeError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qft.errors import RecipeError
@@ -62,6 +62,26 @@ def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list
     kept = set(head_names(skeleton))
     kept |= {name for name, module in skeleton.named_modules() if module is output}
     return sorted(kept | set(also))
+
+
+def require_something_left(skeleton: nn.Module, kept: Sequence[str]) -> None:
+    """Refuses a quantization that would touch no weight, because the strategy trains them all.
+
+    Raises:
+        RecipeError: every linear layer is to stay in full precision.
+    """
+    from torch import nn
+
+    inside = tuple(f"{name}." for name in kept)
+    if not any(
+        isinstance(module, nn.Linear) and name not in kept and not name.startswith(inside)
+        for name, module in skeleton.named_modules()
+    ):
+        raise RecipeError(
+            "Nothing is left to quantize: the strategy trains every weight.",
+            where="quantize",
+            fix="quantize: none, or a strategy that adds to frozen weights, such as lora",
+        )
 
 
 def guard_cpu_kernels(model: nn.Module) -> int:

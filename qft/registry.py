@@ -27,7 +27,11 @@ ENTRY_POINT_GROUP = "qft.strategies"
 # A bare checkout has no entry points; these are the names that must work there as well.
 BUILT_IN = {
     "lora": "adapters.lora:LoRA",
+    "prefix": "adapters.prefix:Prefix",
+    "bitfit": "adapters.bitfit:BitFit",
+    "layers": "adapters.layers:Layers",
     "head": "adapters.head:Head",
+    "full": "adapters.full:Full",
 }
 
 

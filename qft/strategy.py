@@ -28,6 +28,7 @@ class Needs:
     original_weights: bool = False  # will call `context.original_weight`
     calibration_batches: int = 0  # how many collated training batches it wants in the context
     lowest_trainable_layer: int = 0  # nothing below this decoder or encoder layer trains
+    extra_positions: int = 0  # before the first token, of those the model has
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Context:
     seed: int = 0
     calibration: Sequence[Mapping[str, Tensor]] = ()
     original_weight: Callable[[str], Tensor] | None = None  # by parameter name, unquantized
+    tokenize: Callable[[str], list[int]] | None = None  # a text's tokens, without special ones
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ class Strategy(BaseModel):
     def mergeable(self) -> bool:
         """Whether the result can be folded into the base's own tensors."""
         return False
+
+    @property
+    def advice(self) -> str:
+        """Where it is not mergeable: what to do instead."""
+        return "keep it as an adapter beside its base, or train {name: lora}"
 
     @property
     def tasks(self) -> frozenset[str]:

@@ -19,7 +19,7 @@ from qft.data.tasks import ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
-from qft.inputs import Inputs, open_inputs, require_possible, spec_of
+from qft.inputs import Inputs, open_inputs, require_positions, require_possible, spec_of
 from qft.merging.tensors import ModuleTensors
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
@@ -107,6 +107,9 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     spec = spec_of(recipe, training)
     skeleton = models.open_skeleton(base, spec)
     needs = recipe.strategy.needs(skeleton)
+    require_positions(recipe, base, needs.extra_positions)
+    if not recipe.strategy.mergeable:
+        reporter.say(f"note: {recipe.strategy.name} cannot be merged; {recipe.strategy.advice}")
     held = models.held_as(models.read_config(base), recipe.quantize)
     started = time.monotonic()
     model = models.open_model(base, spec, keep=needs.full_precision)
@@ -151,6 +154,7 @@ def _context(recipe: Recipe, needs: Needs, skeleton: nn.Module, inputs: Inputs) 
             inputs.task.collate(part, pad_id(inputs.tokenizer)) for part in parts if part
         ),
         original_weight=original,
+        tokenize=lambda text: list(inputs.tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
 
 

@@ -116,7 +116,7 @@ def test_the_folder_opens_in_a_fresh_process(
     values = job(request.getfixturevalue(base), tmp_path, quantize=quantize, dtype="auto")
     result = qft.train(qft.build_recipe(values))
     assert {p.name for p in (result.folder / "adapter").iterdir()} == {
-        "head.safetensors", "head_config.json", "qft.json",
+        "trained_tensors.safetensors", "trained_tensors.json", "qft.json",
     }  # fmt: skip
     found = in_a_fresh_process(result.folder, tmp_path / "logits.pt")
     assert torch.equal(found, logits(result.model))
@@ -130,7 +130,7 @@ def test_the_head_is_merged(
     folder: Path = request.getfixturevalue(base)
     result = qft.train(qft.build_recipe(job(folder, tmp_path, pooling=pooling)))
     report = qft.merge(result.folder, tmp_path / "merged", verify=True)
-    tensors = len(load_file(result.folder / "adapter/head.safetensors"))
+    tensors = len(load_file(result.folder / "adapter/trained_tensors.safetensors"))
     assert report["changed"] == tensors == {"tiny_bert": 2, "tiny_llama": 1}[base]
     merged = qft.open_any(str(tmp_path / "merged"), dtype=torch.float32, device="cpu")
     assert merged.task == "classify"
@@ -149,7 +149,10 @@ def test_resume_is_exact(tiny_bert: Path, tmp_path: Path) -> None:
         shutil.rmtree(parted / name)
     assert [p.name for p in (parted / "checkpoints").iterdir()] == ["checkpoint-3"]
     qft.train(qft.build_recipe(values), resume=True)
-    for name in ("adapter/head.safetensors", "checkpoints/checkpoint-6/optimizer.safetensors"):
+    for name in (
+        "adapter/trained_tensors.safetensors",
+        "checkpoints/checkpoint-6/optimizer.safetensors",
+    ):
         assert (whole.folder / name).read_bytes() == (parted / name).read_bytes(), name
 
 
@@ -193,14 +196,14 @@ def test_what_it_needs(tiny_bert: Path) -> None:
 
 def test_a_broken_or_strange_folder(tiny_bert: Path, tmp_path: Path) -> None:
     run = qft.train(qft.build_recipe(job(tiny_bert, tmp_path))).folder
-    path = run / "adapter/head.safetensors"
+    path = run / "adapter/trained_tensors.safetensors"
     tensors = load_file(path)
     strange = {"bert.encoder.layer.0.output.dense.bias": torch.ones(64)}
     for content in ({"classifier.weight": tensors["classifier.weight"]}, tensors | strange):
         save_file(content, path)
-        with pytest.raises(AdapterError, match="not the tensors"):
+        with pytest.raises(AdapterError, match="not those"):
             qft.open_any(str(run))
-        with pytest.raises(AdapterError, match="not the tensors"):
+        with pytest.raises(AdapterError, match="not those"):
             qft.merge(run, tmp_path / "merged")
     path.write_bytes(b"nothing")
     for attempt in (lambda: qft.open_any(str(run)), lambda: qft.merge(run, tmp_path / "merged")):

@@ -24,7 +24,7 @@ README = REPOSITORY / "README.md"
 _PLACES = """
     errors files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
-    lean.dropout lean.model_parts
+    lean.dropout lean.model_parts lean.prefix_attention
     quantization pooling shards shard_writer models adapter_folder
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
     data.seq2seq data.classify data.extract data.tagging data.tasks data.preflight inputs checking

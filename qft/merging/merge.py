@@ -79,8 +79,7 @@ def _require_mergeable(strategy: Strategy, adapter: Path) -> None:
         raise AdapterError(
             f"What the strategy {strategy.name!r} trains cannot be folded into the base's tensors.",
             where=adapter,
-            fix="use the adapter folder beside its base: `qft eval`, `qft generate` and PEFT open "
-            "it as it is",
+            fix=strategy.advice,
         )
 
 

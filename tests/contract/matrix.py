@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from qft.preparation import prepare
 from qft.registry import build_strategy
 from qft.strategy import Context, Strategy
 
+_LOADED: dict[Any, nn.Module] = {}
 PRECISIONS = ("none", "int8", "nf4")
 TASKS = {"decoder": "text", "encoder": "classify", "encoder-decoder": "seq2seq"}
 
@@ -42,16 +44,26 @@ class Case:
         return build_strategy(self.settings)
 
 
+# the last layer of each family, and the normalisation behind it
+LAST = r"layers\.1\.|encoder\.layer\.1\.|decoder\.block\.1\.|model\.norm\.|decoder\.final"
 HEADS = r"classifier\.(?!original_module)"
 CASES = [
     Case({"name": "lora", "rank": 4}, rf"lora_[AB]\.|{HEADS}"),
+    Case({"name": "prefix", "length": 4}, rf"prefix_encoder\.|{HEADS}", neutral=False),
+    Case({"name": "bitfit"}, rf"bias$|(?i:norm)|{HEADS}"),
+    Case({"name": "layers", "last": 1}, rf"{LAST}|{HEADS}"),
     Case({"name": "head"}, HEADS),
+    Case({"name": "full"}, "."),
 ]
 
 
 def base_of(folder: Path, architecture: str, precision: str, keep: tuple[str, ...]) -> nn.Module:
-    torch.manual_seed(0)  # a classifier's head is new each time
-    return models.open_model(folder, spec_of(folder, architecture, precision), keep)
+    """A fresh copy; each kind is loaded once."""
+    key = (folder, architecture, precision, keep)
+    if key not in _LOADED:
+        torch.manual_seed(0)  # a classifier's head is new each time
+        _LOADED[key] = models.open_model(folder, spec_of(folder, architecture, precision), keep)
+    return copy.deepcopy(_LOADED[key])
 
 
 def spec_of(folder: Path, architecture: str, precision: str) -> models.ModelSpec:
