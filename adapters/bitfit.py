@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from adapters.freed_tensors import FreedTensors, head_parameters
+from adapters.freed_tensors import FreedTensors, head_parameters, own_parameters
 from qft.errors import RecipeError
 from qft.lean.model_parts import head_names
 from qft.strategy import Needs
@@ -38,7 +38,7 @@ class BitFit(FreedTensors):
         }
         names = [
             name
-            for name, _ in model.named_parameters()
+            for name in own_parameters(model)
             if (self.norms and name in norms)
             or (self.biases and name.endswith("bias") and name not in norms)
         ]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+# what names an adapter's parameters; a head that PEFT trains is a copy, its original stays frozen
+_ADAPTERS = ("lora_", "ia3_l", "ranknum", "prefix_encoder", "prompt_encoder", "token_adapter",
+             "modules_to_save", "original_module")  # fmt: skip
 CONFIG_FILE = "trained_tensors.json"
 WEIGHTS_FILE = "trained_tensors.safetensors"
 
@@ -52,7 +55,7 @@ class FreedTensors(Strategy):
         """Writes trained_tensors.safetensors and trained_tensors.json."""
         from safetensors.torch import save_file
 
-        parameters = dict(model.named_parameters())
+        parameters = own_parameters(model)
         tensors = {n: parameters[n].detach().cpu().contiguous() for n in self.trained(model)}
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         values = {
@@ -70,7 +73,7 @@ class FreedTensors(Strategy):
         import torch
 
         found = _read(folder)
-        parameters = dict(model.named_parameters())
+        parameters = own_parameters(model)
         expected = {name: parameters[name] for name in self.trained(model)}
         compare_tensors(found, expected, folder)
         with torch.no_grad():
@@ -133,7 +136,16 @@ class TensorsMerge:
 def head_parameters(model: nn.Module) -> list[str]:
     """Names of the parameters of the task's own head; empty for a language model."""
     heads = tuple(f"{name}." for name in head_names(model))
-    return [name for name, _ in model.named_parameters() if name.startswith(heads)]
+    return [name for name in own_parameters(model) if name.startswith(heads)]
+
+
+def own_parameters(model: nn.Module) -> dict[str, Any]:
+    """The base's parameters by their names in it, whatever adapters have been put into it."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if not any(part.startswith(_ADAPTERS) for part in name.split("."))
+    }
 
 
 def free(model: nn.Module, names: Sequence[str]) -> None:
@@ -146,7 +158,7 @@ def free(model: nn.Module, names: Sequence[str]) -> None:
     """
     import torch
 
-    parameters = dict(model.named_parameters())
+    parameters = own_parameters(model)
     wanted = {id(parameters[name]) for name in names}
     for name in names:
         if not parameters[name].is_floating_point():

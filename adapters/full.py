@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from adapters.freed_tensors import FreedTensors
+from adapters.freed_tensors import FreedTensors, own_parameters
 from qft.strategy import Needs
 
 if TYPE_CHECKING:
@@ -22,4 +22,4 @@ class Full(FreedTensors):
 
     def trained(self, model: nn.Module) -> list[str]:
         """Every parameter; tied ones once."""
-        return [name for name, _ in model.named_parameters()]
+        return list(own_parameters(model))

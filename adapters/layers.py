@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from adapters.freed_tensors import FreedTensors, head_parameters
+from adapters.freed_tensors import FreedTensors, head_parameters, own_parameters
 from qft.errors import RecipeError
 from qft.lean.model_parts import head_names, layer_stacks, output_embeddings
 from qft.strategy import Needs
@@ -35,7 +35,7 @@ class Layers(FreedTensors):
     def trained(self, model: nn.Module) -> list[str]:
         """The parameters of the last layers, of the normalisation behind them, of the head."""
         inside = tuple(f"{name}." for name in self._modules(model))
-        parameters = dict(model.named_parameters())
+        parameters = own_parameters(model)
         chosen = [name for name in parameters if name.startswith(inside)]
         written = output_embeddings(model) if self.output_embeddings else None
         if written is not None:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
+from adapters.lora_start import (
+    CALIBRATION_BATCHES,
+    CHANGES_BASE,
+    Start,
+    against_original,
+    finish_start,
+    peft_start,
+    trained_half,
+)
+from adapters.low_rank_merge import LowRankMerge, lora_parts
+from adapters.low_rank_targets import resolve
 from adapters.peft_backed import (
     HEAD_TASK_TYPES,
+    WEIGHTS_FILE,
     PeftStrategy,
-    module_name,
+    change_config,
     peft_task_type,
     read_config,
     read_tensors,
@@ -28,9 +39,9 @@ if TYPE_CHECKING:
 
 # What a PEFT LoRA folder may say that this strategy has no setting for; set, it must not be lost.
 _UNKNOWN_FEATURES = (
-    "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layer_replication",
-    "lora_bias", "trainable_token_indices", "target_parameters", "use_qalora",
-    "alora_invocation_tokens", "exclude_modules", "megatron_config", "arrow_config", "corda_config",
+    "layer_replication", "lora_bias", "target_parameters", "use_qalora", "alora_invocation_tokens",
+    "exclude_modules", "megatron_config", "arrow_config", "corda_config", "use_bdlora",
+    "kasa_config", "monteclora_config", "velora_config",
 )  # fmt: skip
 
 
@@ -44,9 +55,26 @@ class LoRA(PeftStrategy):
     alpha: float | None = Field(None, gt=0, description="scale is alpha / rank; None is 2 · rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="on the adapter's input")
     targets: str | tuple[str, ...] = Field(
-        "all-linear", description="all-linear, module names, or one regular expression"
+        "all-linear",
+        description="all-linear, attention, mlp, names (may hold *), or one regular expression",
+    )
+    layers: tuple[int, ...] | None = Field(
+        None, description="only these layers, counted from 0, or from the top if negative"
+    )
+    rank_pattern: dict[str, int] = Field(
+        default_factory=dict, description="ranks that differ: {regular expression: rank}"
+    )
+    alpha_pattern: dict[str, float] = Field(
+        default_factory=dict, description="alphas that differ: {regular expression: alpha}"
+    )
+    token_rows: tuple[int, ...] | None = Field(
+        None, description="ids of tokens whose embeddings train too"
     )
     rank_stabilised: bool = Field(False, description="scale is alpha / sqrt(rank) (rsLoRA)")
+    dora: bool = Field(False, description="train the rows' lengths apart from their directions")
+    initialisation: Start = Field(
+        "default", description="gaussian, pissa, olora, orthogonal; eva (data), loftq (4 bits)"
+    )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train too")
 
     @field_validator("targets")
@@ -71,25 +99,67 @@ class LoRA(PeftStrategy):
         return alpha / math.sqrt(self.rank) if self.rank_stabilised else alpha / self.rank
 
     def needs(self, skeleton: nn.Module) -> Needs:
-        """A classification head trains beside the adapters, so it must not be quantized."""
-        return Needs(full_precision=tuple(head_names(skeleton)))
+        """A new head trains beside the adapters, so it must not be quantized."""
+        return Needs(
+            full_precision=tuple(head_names(skeleton)),
+            original_weights=self.initialisation == "loftq",
+            calibration_batches=CALIBRATION_BATCHES if self.initialisation == "eva" else 0,
+        )
 
     def peft_config(self, model: nn.Module, context: Context) -> PeftConfig:
         """PEFT's LoraConfig for this model."""
-        from peft import LoraConfig
+        from peft import EvaConfig, LoraConfig
 
-        targets: Any = self.targets if isinstance(self.targets, str) else list(self.targets)
         alpha: Any = 2 * self.rank if self.alpha is None else self.alpha
+        start = peft_start(self.initialisation, model)
         return LoraConfig(
             r=self.rank,
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
             lora_dropout=self.dropout,
-            target_modules=targets,
+            target_modules=resolve(model, self.targets, self.layers),
+            rank_pattern=dict(self.rank_pattern),
+            alpha_pattern=dict(self.alpha_pattern),
+            trainable_token_indices=list(self.token_rows) if self.token_rows else None,
             use_rslora=self.rank_stabilised,
+            use_dora=self.dora,
+            init_lora_weights=start,
+            eva_config=EvaConfig(rho=1.0) if start == "eva" else None,
             bias=self.bias,
             modules_to_save=head_names(model) or None,
             task_type=peft_task_type(model),
         )
+
+    def attach(self, model: nn.Module, context: Context) -> nn.Module:
+        """Freezes the model and adds the adapter."""
+        wrapped = super().attach(model, context)
+        finish_start(self.initialisation, wrapped, context)
+        return wrapped
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes PEFT's folder; whatever it began with, it belongs to the original base."""
+        super().save(model, folder)
+        changes: dict[str, Any] = {"init_lora_weights": True, "eva_config": None}
+        if self.initialisation in CHANGES_BASE:
+            from safetensors.torch import save_file
+
+            tensors = against_original(read_tensors(folder), model)
+            save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            # twice the rank at the same scale
+            factor = math.sqrt(2) if self.rank_stabilised else 2
+            alpha = self.scale * (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+            changes |= {
+                "r": 2 * self.rank,
+                "lora_alpha": alpha * factor,
+                "rank_pattern": {k: 2 * v for k, v in self.rank_pattern.items()},
+                "alpha_pattern": {k: factor * v for k, v in self.alpha_pattern.items()},
+            }
+        if self.initialisation != "default":
+            change_config(folder, changes)
+
+    def saved_tensors(self, model: nn.Module, folder: Path) -> dict[str, Tensor]:
+        """The folder's tensors as this model holds them."""
+        tensors = read_tensors(folder)
+        return trained_half(tensors, model) if self.initialisation in CHANGES_BASE else tensors
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self | None:
@@ -97,119 +167,46 @@ class LoRA(PeftStrategy):
         values = read_config(folder, "LORA")
         if values is None:
             return None
-        unknown = [key for key in _UNKNOWN_FEATURES if values.get(key)]
-        if values.get("init_lora_weights") not in (True, False, None, "gaussian"):
-            unknown.append("init_lora_weights")
-        if values.get("modules_to_save") and values.get("task_type") not in HEAD_TASK_TYPES:
-            unknown.append("modules_to_save")
-        if unknown:
-            raise AdapterError(
-                "This LoRA folder uses what qft's lora cannot express.",
-                where=folder,
-                found=", ".join(f"{key}={values[key]!r}" for key in unknown),
-                fix="open it with PEFT itself",
-            )
+        _refuse_unknown(values, folder)
         targets = values.get("target_modules") or ()
+        layers = values.get("layers_to_transform")
         return cls(
             rank=values["r"],
             alpha=values["lora_alpha"],
             dropout=values.get("lora_dropout", 0.0),
             targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+            layers=(layers,) if isinstance(layers, int) else layers,
+            rank_pattern=values.get("rank_pattern") or {},
+            alpha_pattern=values.get("alpha_pattern") or {},
+            token_rows=values.get("trainable_token_indices"),
             rank_stabilised=values.get("use_rslora", False),
+            dora=values.get("use_dora", False),
             bias=values.get("bias", "none"),
         )
 
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "LORA") or {}
-        return LoRAMerge(read_tensors(folder), base, self.scale, values, folder)
+        parts = lora_parts(read_tensors(folder), values, self.rank_stabilised, folder)
+        transposed = bool(values.get("fan_in_fan_out"))
+        return LowRankMerge(parts, base, folder, transposed=transposed)
 
 
-class LoRAMerge:
-    """Adds ``scale · B A`` to each weight; replaces biases and heads that were trained."""
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        base: BaseTensors,
-        scale: float,
-        values: Mapping[str, Any],
-        folder: Path,
-    ) -> None:
-        self._scale = scale
-        self._transposed = bool(values.get("fan_in_fan_out"))
-        self._factors: dict[str, tuple[Tensor, Tensor]] = {}
-        self._replaced: dict[str, Tensor] = {}
-        self._shapes = {name: base.shape(name) for name in base.names()}
-        named = {module_name(name): tensor for name, tensor in tensors.items()}
-        for name, tensor in named.items():
-            target = re.sub(r"\.lora_[AB]\.weight$", "", name)
-            up, down = f"{target}.lora_B.weight", f"{target}.lora_A.weight"
-            if target == name:
-                self._replaced[name.replace(".base_layer.", ".")] = tensor
-            elif up in named and down in named:
-                self._factors[f"{target}.weight"] = (named[up], named[down])
-            else:
-                raise AdapterError("The adapter holds half an update.", where=folder, found=name)
-        self._check(values, folder)
-
-    def _check(self, values: Mapping[str, Any], folder: Path) -> None:
-        for name, (up, down) in self._factors.items():
-            shape = (up.shape[0], down.shape[1])
-            shape = shape[::-1] if self._transposed else shape
-            if not up.shape[1] == down.shape[0] == values.get("r"):
-                raise AdapterError(
-                    "The adapter's weights are not of the rank that its config says.",
-                    where=f"{folder}: {name}",
-                    found=f"{up.shape[1]} and {down.shape[0]}, config {values.get('r')}",
-                )
-            if self._shapes.get(name) != shape:
-                raise _another_base(folder, name, shape, self._shapes.get(name))
-        heads = set(values.get("modules_to_save") or ())
-        for name, tensor in self._replaced.items():
-            if "lora_" in name:
-                raise AdapterError(
-                    "This LoRA folder uses what qft's lora cannot express.",
-                    where=folder,
-                    found=name,
-                    fix="merge it with PEFT itself",
-                )
-            if heads & set(name.split(".")):
-                continue  # a new head, or one in the place of a former
-            if self._shapes.get(name) != tuple(tensor.shape):
-                raise _another_base(folder, name, tuple(tensor.shape), self._shapes.get(name))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a merged tensor."""
-        if name in self._replaced:
-            return tuple(self._replaced[name].shape)
-        return self._shapes[name]
-
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` itself, or the merged one in float32."""
-        if name in self._replaced:
-            return self._replaced[name]
-        if name not in self._factors:
-            return tensor
-        up, down = self._factors[name]
-        delta = (up.float() @ down.float()) * self._scale
-        return tensor.float() + (delta.T if self._transposed else delta)
-
-    def added(self) -> Mapping[str, Tensor]:
-        """A trained head, trained biases."""
-        return self._replaced
-
-    def config_changes(self) -> Mapping[str, Any]:
-        """None: the model keeps its shape."""
-        return {}
-
-
-def _another_base(
-    folder: Path, name: str, shape: tuple[int, ...], found: tuple[int, ...] | None
-) -> AdapterError:
-    return AdapterError(
-        "The adapter was made for another base model.",
-        where=f"{folder}: {name}",
-        found=f"adapter {shape}, base {found or 'has no such tensor'}",
-        fix="name the base model it was trained on",
-    )
+def _refuse_unknown(values: dict[str, Any], folder: Path) -> None:
+    unknown = [key for key in _UNKNOWN_FEATURES if values.get(key)]
+    # a start that changed the base: the folder alone is not the update against the original
+    if values.get("init_lora_weights") not in (
+        True, False, None, "gaussian", "eva", "orthogonal",
+    ):  # fmt: skip
+        unknown.append("init_lora_weights")
+    if values.get("modules_to_save") and values.get("task_type") not in HEAD_TASK_TYPES:
+        unknown.append("modules_to_save")
+    if isinstance(values.get("trainable_token_indices"), dict):
+        unknown.append("trainable_token_indices")
+    if unknown:
+        raise AdapterError(
+            "This LoRA folder uses what qft's lora cannot express.",
+            where=folder,
+            found=", ".join(f"{key}={values[key]!r}" for key in unknown),
+            fix="open it with PEFT itself",
+        )

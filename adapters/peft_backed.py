@@ -59,12 +59,22 @@ class PeftStrategy(Strategy):
 
     def load(self, model: nn.Module, folder: Path) -> None:
         """Loads the tensors; a missing, surplus or misshapen one is an error."""
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import set_peft_model_state_dict
 
-        tensors = read_tensors(folder)
+        tensors = self.saved_tensors(model, folder)
+        self.require_same(model, tensors, folder)
+        set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
+
+    def saved_tensors(self, model: nn.Module, folder: Path) -> dict[str, Tensor]:
+        """The folder's tensors as this model holds them, under PEFT's names."""
+        return read_tensors(folder)
+
+    def require_same(self, model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+        """Raises AdapterError where the tensors are not those of the attached adapter."""
+        from peft import get_peft_model_state_dict
+
         expected = get_peft_model_state_dict(model, save_embedding_layers=False)
         compare_tensors(tensors, expected, folder)
-        set_peft_model_state_dict(model, tensors, adapter_name=ADAPTER)
 
 
 def peft_task_type(model: nn.Module) -> str:
@@ -96,6 +106,13 @@ def read_config(folder: Path, peft_type: str) -> dict[str, Any] | None:
     if not isinstance(values, dict) or values.get("peft_type") != peft_type:
         return None
     return values
+
+
+def change_config(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Sets values in an adapter_config.json that PEFT has written."""
+    path = folder / CONFIG_FILE
+    values = json.loads(path.read_text(encoding="utf-8")) | dict(changes)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from adapters.freed_tensors import free, head_parameters
+from adapters.freed_tensors import free, head_parameters, own_parameters
 from adapters.peft_backed import WEIGHTS_FILE as PEFT_WEIGHTS
 from adapters.peft_backed import compare_tensors, peft_task_type, read_config, read_tensors
 from qft.errors import RecipeError
@@ -105,7 +105,7 @@ class Prefix(Strategy):
             token_dim=width,
             encoder_hidden_size=width,
             num_transformer_submodules=2 if config.is_encoder_decoder else 1,
-            modules_to_save=head_names(model) or None,
+            modules_to_save=head_names(model) if head_parameters(model) else None,
             base_model_name_or_path=config._name_or_path or None,
             inference_mode=True,
         ).save_pretrained(str(folder))
@@ -121,7 +121,7 @@ class Prefix(Strategy):
 
         encoder, found = _encoder(model), read_tensors(folder)
         compare_tensors(found, _saved(model), folder)
-        parameters = dict(model.named_parameters())
+        parameters = own_parameters(model)
         with torch.no_grad():
             for name in head_parameters(model):
                 parameters[name].copy_(found[f"base_model.{name}"])
@@ -151,7 +151,7 @@ def _encoder(model: nn.Module) -> PrefixEncoder:
 
 def _saved(model: nn.Module) -> dict[str, Tensor]:
     """What PEFT's file holds, under its names."""
-    parameters = dict(model.named_parameters())
+    parameters = own_parameters(model)
     heads = {f"base_model.{name}": parameters[name] for name in head_parameters(model)}
     tensors = {"prompt_embeddings": _encoder(model).flat(), **heads}
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

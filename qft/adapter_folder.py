@@ -14,9 +14,9 @@ from qft import models
 from qft.card import CARD, read_card
 from qft.errors import AdapterError
 from qft.registry import build_strategy, strategy_from_folder
-from qft.strategy import Context, Strategy
+from qft.strategy import PARTS, Context, Strategy
 
-_MARKS = (CARD, "adapter_config.json", "trained_tensors.json")
+_MARKS = (CARD, "adapter_config.json", "trained_tensors.json", PARTS)
 _PEFT_TASKS = {
     "SEQ_CLS": "classify",
     "SEQ_2_SEQ_LM": "seq2seq",

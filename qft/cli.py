@@ -333,29 +333,19 @@ def export_model(
 
 
 @app.command()
-def strategies(as_json: Json = False) -> None:
+def strategies(
+    model: Annotated[
+        str | None, typer.Argument(help="A model: also print what share of it each would train.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="What the model is to do, if not its own task.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """The strategies there are, with their settings."""
-    from qft.registry import BUILT_IN, strategy_class, strategy_names
+    from qft.strategy_table import strategy_table
 
-    rows: list[dict[str, Any]] = []
-    for name in strategy_names():
-        if name not in BUILT_IN:  # a third party's code is imported only when named
-            rows.append({"name": name, "summary": "(another package's)"})
-            continue
-        cls = strategy_class(name)
-        rows.append(
-            {
-                "name": name,
-                "summary": (cls.__doc__ or "").strip().splitlines()[0],
-                "paper": cls.paper,
-                "mergeable": cls().mergeable,
-                "tasks": sorted(cls().tasks),
-                "settings": {
-                    key: {"default": field.default, "description": field.description}
-                    for key, field in cls.model_fields.items()
-                },
-            }
-        )
+    rows = strategy_table(model, task)
     _print(rows, as_json, lambda: _show_strategies(rows))
 
 
@@ -434,10 +424,14 @@ def _show_strategies(rows: list[dict[str, Any]]) -> None:
         print(f"{row['name']}: {row['summary']}")
         if "paper" not in row:
             continue
-        mergeable = "yes" if row["mergeable"] else "no"
+        mergeable = "yes" if row["mergeable"] else f"no ({row['instead_of_merging']})"
         print(f"  tasks: {', '.join(row['tasks'])}; mergeable: {mergeable}")
         if row["paper"]:
             print(f"  paper: {row['paper']}")
+        if "trained_share" in row:
+            print(f"  trains: {row['trained_parameters']:,} parameters, {row['trained_share']:.3%}")
+        if "refused" in row:
+            print(f"  refused here: {row['refused']}")
         for key, field in row["settings"].items():
             print(f"  {key} = {field['default']!r}: {field['description']}")
 

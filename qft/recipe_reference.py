@@ -28,6 +28,7 @@ def json_schema() -> dict[str, Any]:
     for name, field in Recipe.model_fields.items():
         if name == "strategy":
             properties[name] = {"anyOf": [_strategy_schema(n) for n in BUILT_IN]}
+            definitions["Strategy"] = properties[name]  # a stack's parts
             required.append(name)
             continue
         schema = _Wrapper.of(name, field).model_json_schema()
@@ -61,6 +62,7 @@ def _strategy_schema(name: str) -> dict[str, Any]:
     schema = strategy_class(name).model_json_schema()
     schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
     schema["required"] = ["name"]
+    schema.pop("$defs", None)  # only a stack has any: the strategies themselves
     return schema
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import reprlib
 from collections.abc import Mapping
 from importlib import metadata
@@ -20,18 +21,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from qft.errors import AdapterError, QftError, RecipeError
-from qft.strategy import Strategy
+from qft.strategy import PARTS, Strategy
 
 ENTRY_POINT_GROUP = "qft.strategies"
 
 # A bare checkout has no entry points; these are the names that must work there as well.
 BUILT_IN = {
     "lora": "adapters.lora:LoRA",
+    "adalora": "adapters.adalora:AdaLoRA",
+    "ia3": "adapters.ia3:IA3",
     "prefix": "adapters.prefix:Prefix",
+    "prompt": "adapters.soft_prompt:Prompt",
+    "p-tuning": "adapters.soft_prompt:PTuning",
     "bitfit": "adapters.bitfit:BitFit",
     "layers": "adapters.layers:Layers",
     "head": "adapters.head:Head",
     "full": "adapters.full:Full",
+    "stack": "adapters.stack:Stack",
 }
 
 
@@ -91,10 +97,40 @@ def check_strategy(settings: Mapping[str, Any]) -> tuple[Strategy | None, Proble
         hint = _suggestion(name, strategy_names())
         return None, [(("name",), f"there is no strategy {name!r}; {hint}")]
     cls = strategy_class(name)
+    values, problems = _with_parts(cls, values)
+    if problems:
+        return None, problems
     try:
         return cls(**values), []
     except ValidationError as error:
         return None, [_explain(problem, cls) for problem in error.errors()]
+
+
+def _with_parts(cls: type[Strategy], values: dict[str, Any]) -> tuple[dict[str, Any], Problems]:
+    """Builds the strategies that a strategy is made of, from their own entries."""
+    problems: Problems = []
+    for key in _part_fields(cls) & set(values):
+        built = []
+        entries = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
+        for number, entry in enumerate(entries):
+            entry = {"name": entry} if isinstance(entry, str) else entry
+            if not isinstance(entry, Mapping):
+                built.append(entry)
+                continue
+            part, found = check_strategy(entry)
+            problems += [((key, str(number), *place), text) for place, text in found]
+            built.append(part)
+        values = {**values, key: tuple(built)}
+    return values, problems
+
+
+def _part_fields(cls: type[Strategy]) -> set[str]:
+    """The settings that are strategies themselves."""
+    return {
+        key
+        for key, field in cls.model_fields.items()
+        if Strategy in getattr(field.annotation, "__args__", ())
+    }
 
 
 def _explain(problem: Any, cls: type[Strategy]) -> tuple[tuple[str, ...], str]:
@@ -119,7 +155,10 @@ class _Brief(reprlib.Repr):
 
 def settings_of(strategy: Strategy) -> dict[str, Any]:
     """The recipe entry that rebuilds ``strategy``."""
-    return {"name": strategy.name, **strategy.model_dump(mode="json")}
+    parts = _part_fields(type(strategy))
+    values = strategy.model_dump(mode="json", exclude=parts)
+    nested = {key: [settings_of(part) for part in getattr(strategy, key)] for key in sorted(parts)}
+    return {"name": strategy.name, **values, **nested}
 
 
 def strategy_from_folder(folder: Path, *, named: str | None = None) -> Strategy:
@@ -134,6 +173,8 @@ def strategy_from_folder(folder: Path, *, named: str | None = None) -> Strategy:
     """
     if not folder.is_dir():
         raise AdapterError("The adapter folder does not exist.", where=folder)
+    if (folder / PARTS).is_file():
+        return _stack_in(folder, named)
     for name in [named] if named else list(BUILT_IN):
         try:
             strategy = strategy_class(name).from_folder(folder)
@@ -153,6 +194,20 @@ def strategy_from_folder(folder: Path, *, named: str | None = None) -> Strategy:
         fix="name the folder of a qft run or a PEFT adapter; for a third party's strategy add "
         "--strategy NAME",
     )
+
+
+def _stack_in(folder: Path, named: str | None) -> Strategy:
+    """A stack is one sub-folder a part."""
+    try:
+        names = json.loads((folder / PARTS).read_text(encoding="utf-8"))["parts"]
+        if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
+            raise ValueError("no list of folder names")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            "The stack's parts cannot be read.", where=folder / PARTS, found=error
+        ) from None
+    parts = [strategy_from_folder(folder / n, named=named) for n in names]
+    return strategy_class("stack")(of=tuple(parts))  # type: ignore[call-arg]
 
 
 def _entry_points() -> list[metadata.EntryPoint]:

@@ -116,7 +116,8 @@ def _attempt(
             lengths = batch["attention_mask"].sum(dim=1).tolist()
             if state is not None:
                 samples = [example.index for example in part]
-                state.clock.set(step, samples, lengths, *target_lengths(batch))
+                width = int(batch["input_ids"].shape[1])
+                state.clock.set(step, samples, lengths, *target_lengths(batch), width=width)
             output = model(**{name: value.to(device) for name, value in batch.items()})
             backward(output.loss * (count / denominator))
             loss_sum += output.loss.detach().float() * (count / max(sum(items), 1))

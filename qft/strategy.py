@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+PARTS = "parts.json"  # in an adapter folder whose sub-folders are a stack's parts
 ALL_TASKS = frozenset({"text", "instruct", "chat", "seq2seq", "classify", "extract", "token"})
 
 

@@ -270,27 +270,27 @@ def test_nothing_to_verify_on(qft: Run, job: dict[str, Any], tmp_path: Path) -> 
 def test_verification_failure_exits_5(
     qft: Run, job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapters.lora import LoRAMerge
+    from adapters.low_rank_merge import LowRankMerge
 
     job["data"] |= {"eval": job["data"]["train"], "max_duplicate_share": 1}
     assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
-    plain = LoRAMerge.edit
+    plain = LowRankMerge.edit
 
-    def edit(self: LoRAMerge, name: str, tensor: Any) -> Any:
+    def edit(self: LowRankMerge, name: str, tensor: Any) -> Any:
         return -tensor if name == "model.norm.weight" else plain(self, name, tensor)
 
-    monkeypatch.setattr(LoRAMerge, "edit", edit)
+    monkeypatch.setattr(LowRankMerge, "edit", edit)
     result = qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "--verify", "-q")
     assert_error(result, 5, "mean KL")
-    monkeypatch.setattr(LoRAMerge, "edit", plain)
+    monkeypatch.setattr(LowRankMerge, "edit", plain)
     code, _, err = qft("merge", tmp_path / "run", "--out", tmp_path / "good", "--verify", "-q")
     assert code == 0, err
     good = (tmp_path / "good/model.safetensors").read_bytes()
-    monkeypatch.setattr(LoRAMerge, "edit", edit)
+    monkeypatch.setattr(LowRankMerge, "edit", edit)
     arguments = ("--out", tmp_path / "good", "--verify", "--overwrite", "-q")
     assert_error(qft("merge", tmp_path / "run", *arguments), 5, "mean KL")
     assert (tmp_path / "good/model.safetensors").read_bytes() == good
-    monkeypatch.setattr(LoRAMerge, "edit", plain)
+    monkeypatch.setattr(LowRankMerge, "edit", plain)
     assert qft("merge", tmp_path / "run", *arguments)[0] == 0
     assert not (tmp_path / "good.unproven").exists()
 

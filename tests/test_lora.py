@@ -258,12 +258,9 @@ def test_a_classifier_that_peft_wrote(classifier: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("use_dora", {"use_dora": True}),
-        ("rank_pattern", {"rank_pattern": {"q_proj": 2}}),
-        ("alpha_pattern", {"alpha_pattern": {"q_proj": 2}}),
-        ("layers_to_transform", {"layers_to_transform": [1], "target_modules": ["q_proj"]}),
+        ("init_lora_weights", {"init_lora_weights": "pissa"}),
+        ("trainable_token_indices", {"trainable_token_indices": {"embed_tokens": [1, 2]}}),
         ("lora_bias", {"lora_bias": True}),
-        ("trainable_token_indices", {"trainable_token_indices": [1, 2]}),
         ("exclude_modules", {"exclude_modules": ["o_proj"]}),
         ("modules_to_save", {"modules_to_save": ["lm_head"]}),
         ("lora_embedding", {"target_modules": ["embed_tokens", "q_proj"]}),

@@ -281,10 +281,10 @@ def test_a_lora_folder_that_uses_more_than_lora_is_refused_by_name(tmp_path):
         "r": 4,
         "lora_alpha": 8,
         "target_modules": ["q"],
-        "use_dora": True,
+        "use_qalora": True,
     }
     (tmp_path / "adapter_config.json").write_text(json.dumps(values))
-    with pytest.raises(AdapterError, match="use_dora=True"):
+    with pytest.raises(AdapterError, match="use_qalora=True"):
         strategy_from_folder(tmp_path)
 
 

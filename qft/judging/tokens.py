@@ -32,7 +32,9 @@ class TokenJudge:
         labels = batch["labels"]
         if labels.shape != batch["input_ids"].shape:  # a decoder of its own; nothing is shifted
             rows, columns = (labels != UNSUPERVISED).nonzero(as_tuple=True)
-            return _nats(model(**batch).logits, rows, columns, labels[rows, columns])
+            # the last positions: a soft prompt may stand before them
+            logits = model(**batch).logits[:, -labels.shape[1] :]
+            return _nats(logits, rows, columns, labels[rows, columns])
         wanted = labels[:, 1:] != UNSUPERVISED  # position t predicts label t + 1
         if not bool(wanted.any()):
             return [], 0, 0

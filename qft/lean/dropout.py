@@ -30,6 +30,7 @@ class Moment:
         targets: in an encoder-decoder the true lengths on the decoder's side, else empty.
         target_width: the decoder's padded length, by which its activations are told from the
             encoder's; it must differ from the encoder's.
+        width: the padded length; a longer activation begins with virtual tokens.
     """
 
     step: int
@@ -37,11 +38,16 @@ class Moment:
     lengths: tuple[int, ...]
     targets: tuple[int, ...] = ()
     target_width: int = 0
+    width: int = 0
 
     def lengths_of(self, activation: Tensor) -> tuple[int, ...]:
         """The true lengths of an activation's rows, by the side it belongs to."""
-        theirs = self.targets and activation.dim() == 3
-        return self.targets if theirs and activation.shape[1] == self.target_width else self.lengths
+        if activation.dim() != 3:
+            return self.lengths
+        if self.targets and activation.shape[1] == self.target_width:
+            return self.targets
+        virtual = max(0, activation.shape[1] - self.width) if self.width else 0
+        return tuple(length + virtual for length in self.lengths)
 
 
 class DropoutClock:
@@ -58,9 +64,12 @@ class DropoutClock:
         lengths: Sequence[int],
         targets: Sequence[int] = (),
         target_width: int = 0,
+        width: int = 0,
     ) -> None:
         """Announces the micro-batch that comes next; see `Moment`."""
-        self.moment = Moment(step, tuple(samples), tuple(lengths), tuple(targets), target_width)
+        self.moment = Moment(
+            step, tuple(samples), tuple(lengths), tuple(targets), target_width, width
+        )
 
     def clear(self) -> None:
         """Back to the ordinary generator."""

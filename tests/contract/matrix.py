@@ -49,11 +49,26 @@ LAST = r"layers\.1\.|encoder\.layer\.1\.|decoder\.block\.1\.|model\.norm\.|decod
 HEADS = r"classifier\.(?!original_module)"
 CASES = [
     Case({"name": "lora", "rank": 4}, rf"lora_[AB]\.|{HEADS}"),
+    Case(
+        {"name": "adalora", "rank": 2, "initial_rank": 4, "warmup": 0, "settled": 0.1},
+        rf"lora_[ABE]\.|{HEADS}",
+    ),
+    Case({"name": "ia3"}, rf"ia3_l|{HEADS}"),
+    Case({"name": "prompt", "length": 4}, rf"prompt_encoder\.|{HEADS}", neutral=False),
+    Case(
+        {"name": "p-tuning", "length": 4, "hidden": 16},
+        rf"prompt_encoder\.|{HEADS}",
+        neutral=False,
+    ),
     Case({"name": "prefix", "length": 4}, rf"prefix_encoder\.|{HEADS}", neutral=False),
     Case({"name": "bitfit"}, rf"bias$|(?i:norm)|{HEADS}"),
     Case({"name": "layers", "last": 1}, rf"{LAST}|{HEADS}"),
     Case({"name": "head"}, HEADS),
     Case({"name": "full"}, "."),
+    Case(
+        {"name": "stack", "of": [{"name": "bitfit"}, {"name": "lora", "rank": 4}]},
+        rf"lora_[AB]\.|(?<!original_module\.)bias$|(?i:norm)|{HEADS}",
+    ),
 ]
 
 

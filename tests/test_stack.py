@@ -1,0 +1,131 @@
+"""Several strategies at once: they train together, and are saved and opened part by part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import qft
+from adapters.bitfit import BitFit
+from adapters.ia3 import IA3
+from adapters.lora import LoRA
+from adapters.prefix import Prefix
+from adapters.stack import Stack
+from qft.errors import AdapterError, RecipeError
+from qft.registry import build_strategy, settings_of, strategy_from_folder
+from qft.strategy_table import strategy_table
+
+SETTINGS = {"name": "stack", "of": [{"name": "prefix", "length": 4}, {"name": "lora", "rank": 2}]}
+
+
+def rows(folder: Path) -> Path:
+    path = folder / "rows.jsonl"
+    words = [("good", "yes"), ("bad", "no")] * 8
+    path.write_text("".join(
+        json.dumps({"text": f"{word} {i}", "label": label}) + "\n"
+        for i, (word, label) in enumerate(words)
+    ))  # fmt: skip
+    return path
+
+
+def recipe(model: Path, folder: Path, strategy: dict[str, Any]) -> qft.recipe.Recipe:
+    path = str(rows(folder))
+    return qft.build_recipe({
+        "model": str(model), "task": "classify", "strategy": strategy, "dtype": "float32",
+        "data": {"train": path, "eval": path, "max_duplicate_share": 1},
+        "train": {"max_length": 32, "epochs": 2, "batch_size": 4, "save_every": 4},
+        "device": "cpu", "output": str(folder / "run"),
+    })  # fmt: skip
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = torch.randint(4, 200, (2, 8), generator=torch.Generator().manual_seed(0))
+    model.eval()
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    return out
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [SETTINGS, {"name": "stack", "of": [{"name": "lora", "rank": 2}, "bitfit"]}],
+    ids=["prefix-lora", "lora-bitfit"],
+)
+def test_a_stack_trains_all_its_parts_and_opens_again(
+    strategy: dict[str, Any], tiny_bert: Path, tmp_path: Path
+):
+    run = qft.train(recipe(tiny_bert, tmp_path, strategy))
+    trained = {n for n, p in run.model.named_parameters() if p.requires_grad}
+    other = "prefix_encoder" if strategy is SETTINGS else "LayerNorm"
+    assert any("lora_A" in name for name in trained)
+    assert any(other in name for name in trained)
+    assert not any("original_module" in name for name in trained)
+    heads = [name for name in trained if "classifier" in name]
+    assert len(heads) == 2  # once, not once a part
+    again = qft.open_any(str(run.folder), dtype=torch.float32, device="cpu")
+    assert torch.equal(logits(again.model), logits(run.model))
+    found = strategy_from_folder(run.folder / "adapter")
+    assert {part.name for part in found.of} == {
+        "lora",
+        "prefix" if strategy is SETTINGS else "bitfit",
+    }  # type: ignore[attr-defined]
+    if strategy is SETTINGS:
+        with pytest.raises(AdapterError, match="cannot be folded"):
+            qft.merge(run.folder, tmp_path / "merged")
+    else:
+        report = qft.merge(run.folder, tmp_path / "merged", verify=True)
+        assert report["verification"]["passed"]
+
+
+def test_a_stack_resumes_exactly(tiny_bert: Path, tmp_path: Path):
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for folder in (whole, parted):
+        folder.mkdir()
+    qft.train(recipe(tiny_bert, whole, SETTINGS))
+    run = qft.train(recipe(tiny_bert, parted, SETTINGS)).folder
+    last = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    for path in sorted(last.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    last.rmdir()
+    qft.train(recipe(tiny_bert, parted, SETTINGS), resume=True)
+    for name in ("prefix/adapter_model.safetensors", "lora/adapter_model.safetensors"):
+        saved = [(f / "run" / "adapter" / name).read_bytes() for f in (whole, parted)]
+        assert saved[0] == saved[1], name
+
+
+def test_settings_go_round_and_wrong_ones_are_named():
+    strategy = build_strategy(SETTINGS)
+    assert strategy == Stack(of=(Prefix(length=4), LoRA(rank=2)))
+    assert build_strategy(settings_of(strategy)) == strategy
+    with pytest.raises(RecipeError, match=r"of\.1\.rnk: no such setting"):
+        build_strategy({"name": "stack", "of": [{"name": "prefix"}, {"name": "lora", "rnk": 2}]})
+    with pytest.raises(RecipeError, match="both wrap the model"):
+        build_strategy({"name": "stack", "of": ["lora", "ia3"]})
+    with pytest.raises(RecipeError, match="named twice"):
+        build_strategy({"name": "stack", "of": ["lora", "lora"]})
+
+
+def test_facts_of_the_whole_come_from_the_parts():
+    assert Stack(of=(BitFit(), IA3())).mergeable
+    stack = Stack(of=(Prefix(length=3), LoRA()))
+    assert not stack.mergeable
+    assert "lora" in stack.advice
+
+
+def test_the_table_counts_what_each_would_train(tiny_llama: Path):
+    table = {row["name"]: row for row in strategy_table(str(tiny_llama))}
+    assert table["full"]["trained_share"] == 1.0
+    assert 0 < table["ia3"]["trained_share"] < table["lora"]["trained_share"] < 1
+    assert "refused" in table["head"]
+    assert table["prefix"]["instead_of_merging"]
+    counted = table["lora"]["trained_parameters"]
+    run = LoRA().attach(
+        qft.models.open_skeleton(tiny_llama, qft.models.ModelSpec(str(tiny_llama))),
+        qft.strategy.Context(),
+    )
+    assert counted == sum(p.numel() for p in run.parameters() if p.requires_grad)
