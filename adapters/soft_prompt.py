@@ -36,7 +36,11 @@ class SoftPrompt(PeftStrategy):
 
     def needs(self, skeleton: nn.Module) -> Needs:
         """A new head trains beside the prompt; the prompt takes the first positions."""
-        return Needs(full_precision=tuple(head_names(skeleton)), extra_positions=self.length)
+        return Needs(
+            full_precision=tuple(head_names(skeleton)),
+            extra_positions=self.length,
+            extends_sequence=True,
+        )
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes PEFT's folder, and beside it the small network, if there is one."""

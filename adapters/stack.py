@@ -61,6 +61,7 @@ class Stack(Strategy):
             calibration_batches=max((needs.calibration_batches for needs in found), default=0),
             lowest_trainable_layer=min((n.lowest_trainable_layer for n in found), default=0),
             extra_positions=sum(needs.extra_positions for needs in found),
+            extends_sequence=any(needs.extends_sequence for needs in found),
         )
 
     def attach(self, model: nn.Module, context: Context) -> nn.Module:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from qft.files import (
 from qft.strategy import Strategy
 
 ADAPTER = "adapter"
+_NESTED = "/"  # in the path of a value within an optimizer's nested state
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
@@ -126,11 +127,15 @@ def flatten_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
     """An optimizer's state dict as named tensors and JSON."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
+    places: set[int] = set()
     for index, entries in state["state"].items():
         values[str(index)] = {}
-        for key, value in entries.items():
+        for key, value in _leaves(entries):
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
+                held = value.detach().cpu().contiguous()
+                shared = held.data_ptr() in places  # 8-bit states have one table in common
+                tensors[f"{index}.{key}"] = held.clone() if shared else held
+                places.add(held.data_ptr())
             else:
                 values[str(index)][key] = value
     return tensors, {"values": values, "param_groups": _plain(state["param_groups"])}
@@ -138,11 +143,27 @@ def flatten_state(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, A
 
 def unflatten_state(tensors: dict[str, Tensor], values: dict[str, Any]) -> dict[str, Any]:
     """The inverse of :func:`flatten_state`."""
-    state: dict[int, dict[str, Any]] = {int(i): dict(v) for i, v in values["values"].items()}
+    state: dict[int, dict[str, Any]] = {int(index): {} for index in values["values"]}
+    leaves = [(int(i), key, value) for i, v in values["values"].items() for key, value in v.items()]
     for name, tensor in tensors.items():
         index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
+        leaves.append((int(index), key, tensor))
+    for number, key, value in leaves:
+        *groups, last = key.split(_NESTED)
+        entry = state.setdefault(number, {})
+        for group in groups:
+            entry = entry.setdefault(group, {})
+        entry[last] = value
     return {"state": state, "param_groups": values["param_groups"]}
+
+
+def _leaves(entries: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Values by their path; bitsandbytes keeps its quantized states in a mapping of their own."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}{_NESTED}")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _plain(value: Any) -> Any:

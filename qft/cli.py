@@ -87,6 +87,10 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a former run in the output folder.")
     ] = False,
+    folds: Annotated[
+        int | None,
+        typer.Option("--folds", help="Train so often, with other rows held out."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the recipe, print it resolved, and stop.")
     ] = False,
@@ -99,6 +103,13 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
         _print(loaded.to_dict(), as_json, lambda: print(loaded.to_yaml(), end=""))
+        return
+    if folds is not None:
+        from qft.folds import train_folds
+
+        reporter = _reporter(quiet, as_json)
+        summary = train_folds(loaded, folds, overwrite=overwrite, reporter=reporter)
+        _print(summary, as_json, lambda: _show_folds(summary))
         return
     from qft.training import train as run
 
@@ -417,6 +428,11 @@ def _table(values: dict[str, Any], indent: str = "") -> None:
         else:
             shown = f"{value:.6g}" if isinstance(value, float) else value
             print(f"{indent}{key:<{width}}  {shown}")
+
+
+def _show_folds(summary: dict[str, Any]) -> None:
+    for name, mean in summary["mean"].items():
+        print(f"{name}: {mean:.4f} ± {summary['deviation'][name]:.4f}")
 
 
 def _show_strategies(rows: list[dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qft import hardware, models
+from qft.data.packing import PACKABLE
 from qft.data.preflight import preflight
 from qft.data.tasks import TASKS, ExampleSet, Task, load_train_eval
 from qft.errors import RecipeError
@@ -91,18 +92,37 @@ def require_possible(recipe: Recipe) -> None:
             where="task",
             fix=f"it can: {', '.join(sorted(strategy.tasks))}",
         )
-    held_out = recipe.data.eval is not None or recipe.data.eval_share > 0
-    if recipe.train.early_stopping and not held_out:
+    if recipe.train.early_stopping and not recipe.data.has_held_out:
         raise RecipeError(
             "Early stopping needs held-out rows to judge by.",
             where="train.early_stopping",
             fix="data.eval: FILE, or data.eval_share: 0.05",
         )
+    _require_fitting_knobs(recipe)
     if strategy.objective.kind != "task":
         raise RecipeError(
             f"The objective {strategy.objective.kind!r} is not available in this version.",
             where="strategy",
         )
+
+
+def _require_fitting_knobs(recipe: Recipe) -> None:
+    """Knobs that mean something for some tasks only."""
+    train, labelled = recipe.train, ("classify", "token")
+    for asked, where, tasks in (
+        (train.packing, "train.packing", PACKABLE),
+        (train.label_smoothing > 0, "train.label_smoothing",
+         ("text", "instruct", "chat", "seq2seq", *labelled)),
+        (train.class_weights != "none", "train.class_weights", labelled),
+        (recipe.data.augment.copies > 0, "data.augment.copies", ("classify",)),
+    ):  # fmt: skip
+        if asked and recipe.task not in tasks:
+            raise RecipeError(
+                "This knob is not for this task.",
+                where=where,
+                found=f"task: {recipe.task}",
+                fix=f"leave it out; it is for {', '.join(tasks)}",
+            )
 
 
 def require_positions(recipe: Recipe, base: Path, taken: int = 0) -> None:

@@ -57,6 +57,17 @@ class Columns(Settings):
     tools: ColumnName | None = Field(None, description="functions the model may call (chat)")
 
 
+class Augment(Settings):
+    """Copies of the training rows with words changed at random; never of held-out rows."""
+
+    copies: int = Field(0, ge=0, description="changed copies of each row; 0 switches it off")
+    mask: float = Field(0.1, ge=0, le=1, description="share of words masked")
+    insert: float = Field(0.05, ge=0, le=1, description="share of words after which one is put in")
+    replace: float = Field(0.05, ge=0, le=1, description="share of words replaced by another")
+    delete: float = Field(0.05, ge=0, le=1, description="share of words left out")
+    swap: float = Field(0.05, ge=0, le=1, description="share of words swapped with the next")
+
+
 class Data(Settings):
     """Where the rows come from."""
 
@@ -66,7 +77,17 @@ class Data(Settings):
         0.0, ge=0, lt=1, description="without `eval`: the share of `train` to hold out"
     )
     columns: Columns = Field(default_factory=Columns, description="column names to override")
-    limit: int | None = Field(None, ge=1, description="use only this many training rows")
+    limit: int | str | None = Field(
+        None, description="use only this many training rows, or `64 per class`, drawn by the seed"
+    )
+    fold: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="`2/5`: hold out the second of five folds (`qft train --folds 5` runs all)",
+    )
+    augment: Augment = Field(
+        default_factory=lambda: Augment(), description="changed copies of training rows (classify)"
+    )
     eval_limit: int | None = Field(None, ge=1, description="use only this many held-out rows")
     labels: tuple[Annotated[str, BeforeValidator(_number_as_name)], ...] | None = Field(
         None, description="the classes or tags in order; else those of the training rows, sorted"
@@ -89,6 +110,19 @@ class Data(Settings):
     max_duplicate_share: float = Field(
         0.01, ge=0, le=1, description="refuse if more of the held-out rows are training rows too"
     )
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether any rows are kept to judge by."""
+        return self.eval is not None or self.eval_share > 0 or self.fold is not None
+
+    @field_validator("limit")
+    @classmethod
+    def _a_number(cls, limit: int | str | None) -> int | str | None:
+        per_class = isinstance(limit, str) and re.fullmatch(r"[1-9]\d* per class", limit)
+        if limit is not None and not per_class and (isinstance(limit, str) or limit < 1):
+            raise ValueError("a number of rows from 1, or `64 per class`")
+        return limit
 
     @field_validator("labels")
     @classmethod
@@ -117,13 +151,32 @@ class Train(Settings):
     max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
     batch_size: int = Field(16, ge=1, description="examples an optimizer step (effective batch)")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate")
-    schedule: Literal["cosine", "linear", "constant", "exponential"] = Field(
-        "cosine", description="how the learning rate falls after the warm-up"
-    )
+    optimizer: Literal[
+        "adamw", "sgd", "adafactor", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"
+    ] = Field("adamw", description="8-bit and paged ones are bitsandbytes', and meant for a GPU")
+    schedule: Literal[
+        "cosine", "cosine-restarts", "linear", "polynomial", "exponential", "constant"
+    ] = Field("cosine", description="how the learning rate falls after the warm-up")
+    cycles: int = Field(4, ge=1, description="cosine-restarts: how often it falls")
     warmup: float = Field(0.03, ge=0, description="share of the steps (< 1), or steps, to warm up")
     weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 switches it off")
     max_length: int = Field(512, ge=2, description="longest sequence in tokens")
+    packing: bool = Field(
+        False, description="short examples share a row of max_length (text, instruct, chat)"
+    )
+    group_by_length: bool = Field(
+        True, description="within a step, examples of like length share a micro-batch"
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each label spread over all choices"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="balanced: rare classes count as much as common ones (classify, token)"
+    )
+    embedding_noise: float = Field(
+        0.0, ge=0, description="NEFTune's alpha: noise on the input embeddings; 5 is usual"
+    )
     eval_every: int | None = Field(
         None, ge=1, description="steps between evaluations; else once an epoch"
     )

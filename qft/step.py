@@ -8,17 +8,45 @@ the micro-batch is halved and the same samples are replayed, and the update is t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from qft.data.packing import Row, collate_packed, pack
 from qft.data.seq2seq import target_lengths
 from qft.data.tasks import Example, Task
 from qft.errors import WillNotFitError, first_line
+from qft.lean.dropout import DropoutClock
+from qft.lean.model_parts import is_encoder_decoder
 from qft.preparation import prepared
 from qft.strategy import Strategy
+from qft.task_loss import TaskLoss
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step's examples are put into rows; the update is the same in all.
+
+    Attributes:
+        pack_to: tokens a row holds at most, several examples in it; None is one example a row.
+        grouped: examples of like length come into the same micro-batch, for little padding.
+    """
+
+    pack_to: int | None = None
+    grouped: bool = False
+
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
+        """The rows in the order they are computed."""
+        if self.pack_to is not None:
+            return list(pack(examples, self.pack_to))
+        if self.grouped:
+            examples = sorted(examples, key=lambda e: -len(e.inputs["input_ids"]))
+        return [[example] for example in examples]
+
+
+LOOSE, PLAIN = Layout(), TaskLoss()
 
 
 @dataclass(frozen=True)
@@ -51,6 +79,8 @@ def accumulate_gradients(
     strategy: Strategy | None = None,
     backward: Callable[[Tensor], None] = Tensor.backward,
     total_items: float | None = None,
+    loss: TaskLoss = PLAIN,
+    layout: Layout = LOOSE,
 ) -> StepResult:
     """Adds the gradients of one optimizer step to ``model``'s parameters.
 
@@ -65,6 +95,8 @@ def accumulate_gradients(
         strategy: adds its penalty, if it has one.
         backward: ``accelerator.backward`` in a Trainer.
         total_items: items over all processes, divided by their number; None on a single one.
+        loss: what is minimised, where it is not the model's own loss alone.
+        layout: how the examples are put into rows.
 
     Raises:
         WillNotFitError: not even one example fits.
@@ -75,7 +107,7 @@ def accumulate_gradients(
     while True:
         try:
             return _attempt(model, examples, task, step, micro_batch, pad_token_id, strategy,
-                            backward, total_items, replays)  # fmt: skip
+                            backward, total_items, replays, loss, layout)  # fmt: skip
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -101,35 +133,63 @@ def _attempt(
     backward: Callable[[Tensor], None],
     total_items: float | None,
     replays: int,
+    loss: TaskLoss,
+    layout: Layout,
 ) -> StepResult:
     state = prepared(model)
     device = next(model.parameters()).device
-    parts = [examples[i : i + micro_batch] for i in range(0, len(examples), micro_batch)]
-    batches = [task.collate(part, pad_token_id) for part in parts]
-    items = [task.label_count(batch) for batch in batches]
+    rows = layout.rows(examples)
+    parts = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+    batches = [_collate(part, task, pad_token_id, layout) for part in parts]
+    items = [loss.items(task, batch) for batch in batches]
+    # with a cache, transformers takes positions that begin anew for a continued text
+    extra = {"use_cache": False} if layout.pack_to is not None else {}
+    shifted = task.predicts == "tokens" and not is_encoder_decoder(model)
     denominator = float(sum(items)) if total_items is None else total_items
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     try:
         for part, batch, count in zip(parts, batches, items, strict=True):
             if count == 0:  # its mean would be 0 / 0
                 continue
-            lengths = batch["attention_mask"].sum(dim=1).tolist()
             if state is not None:
-                samples = [example.index for example in part]
-                width = int(batch["input_ids"].shape[1])
-                state.clock.set(step, samples, lengths, *target_lengths(batch), width=width)
-            output = model(**{name: value.to(device) for name, value in batch.items()})
-            backward(output.loss * (count / denominator))
-            loss_sum += output.loss.detach().float() * (count / max(sum(items), 1))
-            del output
+                _announce(state.clock, step, part, batch, layout)
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            mean = loss.of(model(**inputs, **extra), inputs, shifted=shifted)
+            backward(mean * (count / denominator))
+            loss_sum += mean.detach().float() * (count / max(sum(items), 1e-9))
+            del mean
         if strategy is not None and (penalty := strategy.penalty(model)) is not None:
             backward(penalty)
             loss_sum += penalty.detach().float()
     finally:
         if state is not None:
             state.clock.clear()
-    tokens = int(sum(int(batch["attention_mask"].sum()) for batch in batches))
-    return StepResult(loss_sum, sum(items), tokens, micro_batch, replays)
+    tokens = sum(len(example.inputs["input_ids"]) for example in examples)
+    counted = sum(task.label_count(batch) for batch in batches)
+    return StepResult(loss_sum, counted, tokens, micro_batch, replays)
+
+
+def _collate(
+    rows: Sequence[Row], task: Task, pad_token_id: int, layout: Layout
+) -> dict[str, Tensor]:
+    if layout.pack_to is not None:
+        return collate_packed(rows, pad_token_id)
+    return task.collate([example for row in rows for example in row], pad_token_id)
+
+
+def _announce(
+    clock: DropoutClock,
+    step: int,
+    rows: Sequence[Row],
+    batch: Mapping[str, Tensor],
+    layout: Layout,
+) -> None:
+    """Tells the dropout which samples the forward pass holds."""
+    width = int(batch["input_ids"].shape[1])
+    sizes = [[(e.index, len(e.inputs["input_ids"])) for e in row] for row in rows]
+    samples, lengths = zip(*(pair for row in sizes for pair in row), strict=True)
+    packed = sizes if layout.pack_to is not None else ()
+    clock.set(step, samples, lengths, *target_lengths(batch), width=width, packed=packed)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

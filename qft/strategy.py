@@ -30,6 +30,7 @@ class Needs:
     calibration_batches: int = 0  # how many collated training batches it wants in the context
     lowest_trainable_layer: int = 0  # nothing below this decoder or encoder layer trains
     extra_positions: int = 0  # before the first token, of those the model has
+    extends_sequence: bool = False  # puts tokens of its own before each row
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from qft import checkpoints
 from qft.data.tasks import Example, Task
 from qft.first_step import FirstStepCheck
 from qft.recipe import Train
-from qft.step import StepResult, accumulate_gradients
+from qft.step import Layout, StepResult, accumulate_gradients
 from qft.strategy import Strategy
+from qft.task_loss import TaskLoss
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
@@ -40,6 +41,8 @@ class Job:
         folder: where checkpoints go.
         evaluate: metrics of the model on held-out rows, or None.
         card: what `adapter/qft.json` holds.
+        loss: what is minimised, where it is not the model's own loss alone.
+        layout: how a step's examples are put into rows.
     """
 
     strategy: Strategy
@@ -51,6 +54,8 @@ class Job:
     folder: Path
     evaluate: Evaluate | None
     card: Mapping[str, Any]
+    loss: TaskLoss = field(default_factory=TaskLoss)
+    layout: Layout = field(default_factory=Layout)
 
 
 class StepBatches(Sampler[list[int]]):
@@ -137,6 +142,8 @@ class StepTrainer(Trainer):
             pad_token_id=self.job.pad_token_id,
             strategy=self.job.strategy,
             backward=self.accelerator.backward,
+            loss=self.job.loss,
+            layout=self.job.layout,
         )
         self.micro_batch = result.micro_batch if result.replays else self.micro_batch
         self.last_result = result
@@ -261,6 +268,17 @@ class _AfterStep(TrainerCallback):
         self._trainer.job.strategy.after_step(self._trainer.trained, state.global_step + 1)
 
 
+# the Trainer's name for each, and its settings where the Trainer's own are not the usual ones
+OPTIMIZERS = {
+    "adamw": ("adamw_torch", None),
+    "sgd": ("sgd", "momentum=0.9"),
+    "adafactor": ("adafactor", None),
+    "adamw-8bit": ("adamw_bnb_8bit", None),
+    "paged-adamw": ("paged_adamw_32bit", None),
+    "paged-adamw-8bit": ("paged_adamw_8bit", None),
+}
+
+
 def schedule_factor(step: int, settings: Train, total: int) -> float:
     """Learning rate at ``step`` (from 0) over its peak: warm-up, then the recipe's schedule."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total
@@ -273,6 +291,12 @@ def schedule_factor(step: int, settings: Train, total: int) -> float:
             return 1.0
         case "linear":
             return max(0.0, 1.0 - done)
+        case "polynomial":
+            return max(0.0, 1.0 - done) ** 2
+        case "cosine-restarts":
+            part = min(done, 1.0) * settings.cycles
+            within = part - math.floor(part) if done < 1 else 1.0
+            return 0.5 * (1.0 + math.cos(math.pi * within))
         case "exponential":
             return float(0.01 ** min(done, 1.0))  # a hundredth of the peak at the end
         case _:
@@ -293,7 +317,8 @@ def training_arguments(job: Job, steps_an_epoch: int, device: torch.device) -> T
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim="adamw_torch",
+        optim=OPTIMIZERS[settings.optimizer][0],
+        optim_args=OPTIMIZERS[settings.optimizer][1],
         eval_strategy=every[settings.eval_every is not None] if job.evaluate else "no",
         eval_steps=settings.eval_every,
         save_strategy=SaveStrategy(every[save_every is not None]),

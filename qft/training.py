@@ -20,7 +20,9 @@ from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
 from qft.inputs import Inputs, open_inputs, require_positions, require_possible, spec_of
+from qft.lean.noise import install_noise
 from qft.merging.tensors import ModuleTensors
+from qft.packing_check import require_exact_packing
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.recipe import Recipe
@@ -28,7 +30,9 @@ from qft.registry import settings_of
 from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
 from qft.shards import ShardedCheckpoint
+from qft.step import Layout
 from qft.strategy import Context, Needs
+from qft.task_loss import TaskLoss, balanced_weights
 from qft.trainer import Job, StepTrainer
 
 DEFAULT_MICRO_BATCH = 4
@@ -122,6 +126,9 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     model = prepare(
         model, recipe.strategy, checkpointing=recipe.memory.checkpointing, context=context
     )
+    _require_packing(recipe, needs, model, inputs)
+    if recipe.train.embedding_noise:
+        _install_noise(model, recipe.train.embedding_noise)
     _say_trainable(model, reporter)
     card = _card(recipe, base, training, skeleton, chosen)
     return _Opened(model, inputs, card)
@@ -156,6 +163,24 @@ def _context(recipe: Recipe, needs: Needs, skeleton: nn.Module, inputs: Inputs) 
         original_weight=original,
         tokenize=lambda text: list(inputs.tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
+
+
+def _require_packing(recipe: Recipe, needs: Needs, model: nn.Module, inputs: Inputs) -> None:
+    if not recipe.train.packing:
+        return
+    if needs.extends_sequence:
+        raise RecipeError(
+            f"The strategy {recipe.strategy.name!r} puts tokens before each row, not each example.",
+            where="train.packing",
+            fix="train.packing: false, or the strategy prefix",
+        )
+    require_exact_packing(model, inputs.train.examples, pad_id(inputs.tokenizer))
+
+
+def _install_noise(model: Any, alpha: float) -> None:
+    state = prepared(model)
+    assert state is not None
+    install_noise(model.get_input_embeddings(), state.clock, alpha)
 
 
 def _say_trainable(model: nn.Module, reporter: Reporter) -> None:
@@ -222,8 +247,29 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
         folder=folder / "checkpoints",
         evaluate=held_out_metrics if held_out is not None else None,
         card=opened.card,
+        loss=_loss(recipe, opened.inputs.train),
+        layout=Layout(
+            pack_to=recipe.train.max_length if recipe.train.packing else None,
+            grouped=recipe.train.group_by_length,
+        ),
     )
     return StepTrainer(opened.model, job)
+
+
+def _loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
+    train = recipe.train
+    special = train.label_smoothing > 0 or train.class_weights != "none"
+    if special and training.labels_are != "one":
+        raise RecipeError(
+            "Smoothed labels and class weights are for one class a row.",
+            where="train.label_smoothing, train.class_weights",
+            found=f"labels that are {training.labels_are}",
+            fix="leave them out",
+        )
+    weights = None
+    if train.class_weights == "balanced" and training.labels is not None:
+        weights = balanced_weights(training.examples, len(training.labels))
+    return TaskLoss(train.label_smoothing, weights)
 
 
 def _run(

@@ -285,7 +285,7 @@ def test_a_pooled_vector_is_dropped_over_its_whole_width():
 
 
 def test_padding_is_zero_in_the_mask():
-    mask = draw_mask(torch.ones(2, 6, WIDTH), 0.5, (1, 2), (6, 2))
+    mask = draw_mask(torch.ones(2, 6, WIDTH), 0.5, [[(1, 6)], [(2, 2)]])
     assert mask[1, 2:].count_nonzero() == 0
     assert mask[1, :2].count_nonzero() > 0
 

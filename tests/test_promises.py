@@ -24,15 +24,17 @@ README = REPOSITORY / "README.md"
 _PLACES = """
     errors files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
-    lean.dropout lean.model_parts lean.prefix_attention
+    lean.dropout lean.noise lean.model_parts lean.prefix_attention
     quantization pooling shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
-    data.seq2seq data.classify data.extract data.tagging data.tasks data.preflight inputs checking
-    preparation step checkpoints run_folder first_step trainer run_watch
+    data.seq2seq data.classify data.extract data.tagging data.packing data.augment
+    data.tasks data.preflight inputs checking
+    preparation task_loss step checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities
-    judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation held_out
+    judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
+    packing_check held_out
     merging.side_files merging.tensors merging.merge
-    training
+    training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
     export.formats export.verify opening generation scoring export.delivery export
     demo.docstrings demo.job

@@ -8,11 +8,21 @@ import yaml
 
 from qft import recipe as recipe_module
 from qft.errors import RecipeError
-from qft.recipe import Columns, Data, Memory, Recipe, Settings, Train, build_recipe, load_recipe
+from qft.recipe import (
+    Augment,
+    Columns,
+    Data,
+    Memory,
+    Recipe,
+    Settings,
+    Train,
+    build_recipe,
+    load_recipe,
+)
 from qft.recipe_reference import json_schema, reference
 from qft.registry import strategy_class, strategy_names
 
-GROUPS = (Recipe, Data, Columns, Memory, Train)
+GROUPS = (Recipe, Data, Columns, Augment, Memory, Train)
 
 GOOD = """\
 model: some/model

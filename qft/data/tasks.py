@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qft.data.augment import augmented
 from qft.data.classify import ClassifyTask
 from qft.data.columns import find_columns
 from qft.data.encoding import pad_id
@@ -37,6 +38,7 @@ __all__ = [
     "load_examples",
     "load_train_eval",
     "pad_id",
+    "split_fold",
     "split_rows",
 ]
 
@@ -108,17 +110,30 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
         DataError: the data cannot be read or does not fit the task.
     """
     data, task_name, max_length = recipe.data, recipe.task, recipe.train.max_length
-    shared = data.eval is None and data.eval_share > 0
+    seed = recipe.train.seed
+    shared = data.fold is not None or (data.eval is None and data.eval_share > 0)
+    plain = isinstance(data.limit, int) and not shared
     rows, columns = _read(
-        task_name, data.train, data, limit=None if shared else data.limit, split="train"
+        task_name,
+        data.train,
+        data,
+        limit=data.limit if plain else None,  # type: ignore[arg-type]
+        split="train",
     )
     held_out: list[NumberedRow] | None = None
     if shared:
-        if task_name == "text" and len(rows) == 1:
+        if data.fold is not None:
+            rows, held_out = split_fold(rows, data.fold, seed, columns.get("label"))
+        elif task_name == "text" and len(rows) == 1:
             rows, held_out = _split_text(rows[0][1], columns["text"], data.eval_share)
         else:
-            rows, held_out = split_rows(rows, data.eval_share, recipe.train.seed)
-        rows, held_out = rows[: data.limit], held_out[: data.eval_limit]
+            rows, held_out = split_rows(rows, data.eval_share, seed)
+        held_out = held_out[: data.eval_limit]
+    rows = _limited(rows, data.limit, columns, seed)
+    if data.augment.copies:
+        texts = [columns[role] for role in ("text", "text_pair") if role in columns]
+        mask_token: Any = getattr(tokenizer, "mask_token", None)
+        rows = augmented(rows, texts, data.augment, seed=seed, mask_token=mask_token)
     training = _encode(
         task_name, rows, columns, tokenizer, data=data, max_length=max_length, source=data.train
     )
@@ -172,6 +187,53 @@ def split_rows(rows: Sequence[_Item], share: float, seed: int) -> tuple[list[_It
     chosen = set(random.Random(seed).sample(range(len(rows)), count))
     kept = [row for i, row in enumerate(rows) if i not in chosen]
     return kept, [row for i, row in enumerate(rows) if i in chosen]
+
+
+def split_fold(
+    rows: Sequence[_Item], fold: str, seed: int, label: str | None = None
+) -> tuple[list[_Item], list[_Item]]:
+    """The rows outside and inside one fold; every row is in exactly one of the folds.
+
+    Args:
+        fold: ``2/5``, the second of five.
+        label: the column by which each fold gets its share of every class.
+
+    Raises:
+        DataError: there is no such fold, or too few rows.
+    """
+    number, count = (int(part) for part in fold.split("/"))
+    if not 1 <= number <= count or count < 2 or count > len(rows):
+        raise DataError("There is no such fold.", where="data.fold", found=f"{fold} of "
+                        f"{len(rows)} rows", fix="1/5 … 5/5, say")  # fmt: skip
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    if label is not None:
+        order.sort(key=lambda i: str(rows[i][1][label]))  # type: ignore[index]
+    inside = set(order[number - 1 :: count])
+    kept = [row for i, row in enumerate(rows) if i not in inside]
+    return kept, [row for i, row in enumerate(rows) if i in inside]
+
+
+def _limited(
+    rows: list[NumberedRow], limit: int | str | None, columns: Mapping[str, str], seed: int
+) -> list[NumberedRow]:
+    """The first rows, or as many of each class, drawn by the seed; the order stays."""
+    if not isinstance(limit, str):
+        return rows[:limit]
+    if "label" not in columns:
+        raise DataError("Only rows with a class can be limited by class.",
+                        where="data.limit", found=limit, fix="a number of rows")  # fmt: skip
+    wanted = int(limit.split(" ")[0])
+    places: dict[str, list[int]] = {}
+    for place, (_, row) in enumerate(rows):
+        places.setdefault(str(row[columns["label"]]), []).append(place)
+    generator = random.Random(seed)
+    chosen = {
+        place
+        for name in sorted(places)
+        for place in generator.sample(places[name], min(wanted, len(places[name])))
+    }
+    return [row for place, row in enumerate(rows) if place in chosen]
 
 
 def _split_text(

@@ -31,6 +31,7 @@ class Moment:
         target_width: the decoder's padded length, by which its activations are told from the
             encoder's; it must differ from the encoder's.
         width: the padded length; a longer activation begins with virtual tokens.
+        packed: for rows of several samples, each row's ``(sample, length)`` in order, else empty.
     """
 
     step: int
@@ -39,6 +40,14 @@ class Moment:
     targets: tuple[int, ...] = ()
     target_width: int = 0
     width: int = 0
+    packed: tuple[tuple[tuple[int, int], ...], ...] = ()
+
+    def segments_of(self, activation: Tensor) -> Sequence[Sequence[tuple[int, int]]]:
+        """Each row's samples and their true lengths."""
+        if self.packed:
+            return self.packed
+        lengths = self.lengths_of(activation)
+        return [[pair] for pair in zip(self.samples, lengths, strict=True)]
 
     def lengths_of(self, activation: Tensor) -> tuple[int, ...]:
         """The true lengths of an activation's rows, by the side it belongs to."""
@@ -65,10 +74,17 @@ class DropoutClock:
         targets: Sequence[int] = (),
         target_width: int = 0,
         width: int = 0,
+        packed: Sequence[Sequence[tuple[int, int]]] = (),
     ) -> None:
         """Announces the micro-batch that comes next; see `Moment`."""
         self.moment = Moment(
-            step, tuple(samples), tuple(lengths), tuple(targets), target_width, width
+            step,
+            tuple(samples),
+            tuple(lengths),
+            tuple(targets),
+            target_width,
+            width,
+            tuple(tuple(row) for row in packed),
         )
 
     def clear(self) -> None:
@@ -91,50 +107,65 @@ class SeededDropout(nn.Dropout):
             return input
         if moment is None or input.is_meta or not _rows_are_samples(input, moment):
             return nn.functional.dropout(input, self.p, True)
-        seeds = _seeds(self.clock.seed, moment, self.module_name)
-        lengths = moment.lengths_of(input)
-        output: Tensor = _Drop.apply(input, self.p, seeds, lengths)  # type: ignore[no-untyped-call]
+        drawn = tuple(
+            tuple(
+                (segment_seeds(self.clock.seed, moment, self.module_name, sample), length)
+                for sample, length in row
+            )
+            for row in moment.segments_of(input)
+        )
+        output: Tensor = _Drop.apply(input, self.p, drawn)  # type: ignore[no-untyped-call]
         return output
 
 
 def _rows_are_samples(input: Tensor, moment: Moment) -> bool:
     """``[batch, width]`` or ``[batch, length, width]``; attention weights, say, are neither."""
-    if input.dim() not in (2, 3) or input.shape[0] != len(moment.samples):
+    rows = len(moment.packed or moment.samples)
+    if input.dim() not in (2, 3) or input.shape[0] != rows:
         return False
+    if moment.packed:
+        return input.dim() == 3
     return input.dim() == 2 or input.shape[1] >= max(moment.lengths_of(input))
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, input: Tensor, p: float, seeds: tuple[int, ...], lengths: tuple[int, ...]
+        ctx: Any, input: Tensor, p: float, segments: Segments
     ) -> Tensor:
-        ctx.drawn = (p, seeds, lengths)
-        return input * draw_mask(input, p, seeds, lengths)
+        ctx.drawn = (p, segments)
+        return input * draw_mask(input, p, segments)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gradient * draw_mask(gradient, *ctx.drawn), None, None, None
+        return gradient * draw_mask(gradient, *ctx.drawn), None, None
 
 
-def draw_mask(like: Tensor, p: float, seeds: Sequence[int], lengths: Sequence[int]) -> Tensor:
+Segments = Sequence[Sequence[tuple[int, int]]]  # a row's (seed, length), one a sample
+
+
+def draw_mask(like: Tensor, p: float, segments: Segments) -> Tensor:
     """Zeros and ``1 / (1 - p)``, in the shape and dtype of ``like``; padding gets zeros.
 
-    Each row is drawn from its own seed, and only for its true length.
+    Each sample is drawn from its own seed, and only for its true length.
     """
     mask = torch.zeros_like(like, memory_format=torch.contiguous_format)
     if p >= 1.0:
         return mask
     generator = torch.Generator(device=like.device)
-    for row, seed, length in zip(mask, seeds, lengths, strict=True):
-        generator.manual_seed(seed)
-        part = row[:length] if row.dim() > 1 else row
-        part.bernoulli_(1.0 - p, generator=generator)
+    for row, parts in zip(mask, segments, strict=True):
+        start = 0
+        for seed, length in parts:
+            generator.manual_seed(seed)
+            part = row[start : start + length] if row.dim() > 1 else row
+            part.bernoulli_(1.0 - p, generator=generator)
+            start += length
     return mask.div_(1.0 - p)
 
 
-def _seeds(seed: int, moment: Moment, module_name: str) -> tuple[int, ...]:
-    return tuple(_hash(f"{seed}/{moment.step}/{sample}/{module_name}") for sample in moment.samples)
+def segment_seeds(seed: int, moment: Moment, module_name: str, sample: int) -> int:
+    """The seed of one sample's draw in one module at one step."""
+    return _hash(f"{seed}/{moment.step}/{sample}/{module_name}")
 
 
 def _hash(text: str) -> int:

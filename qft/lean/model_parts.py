@@ -24,6 +24,12 @@ def writes_text(model: nn.Module) -> bool:
     return output_embeddings(model) is not None
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has two halves, the second of which writes."""
+    inner = getattr(model, "module", model)  # below DDP's wrapper
+    return bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
+
+
 def head_names(model: nn.Module) -> list[str]:
     """The task's own modules: what hangs beside the base model and has parameters.
 

@@ -1,0 +1,59 @@
+"""Does this model really keep packed examples apart? Asked of the model itself, before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qft.data.examples import Example
+from qft.data.packing import collate_packed
+from qft.errors import RecipeError
+from qft.evaluation import evaluating
+
+_TOKENS = 24  # of each of the two examples that are tried
+
+
+def require_exact_packing(model: nn.Module, examples: Sequence[Example], pad: int) -> None:
+    """Compares two examples in one row with each of them alone.
+
+    Raises:
+        RecipeError: the model lets one example see the other (its attention does not go by
+            positions), or takes no positions at all.
+    """
+    tried = [_shortened(example) for example in examples[:2]]
+    if len(tried) < 2:
+        return
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model):
+            alone = [_logits(model, collate_packed([[e]], pad), device) for e in tried]
+            together = _logits(model, collate_packed([tried], pad), device)
+    except TypeError as error:  # no such argument
+        raise _refusal(model, str(error)[:200]) from None
+    wanted = torch.cat(alone, dim=1)
+    difference = float((together - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not difference <= tolerance:
+        raise _refusal(model, f"their logits differ by {difference:.1%} from those alone")
+
+
+def _shortened(example: Example) -> Example:
+    inputs = {name: values[:_TOKENS] for name, values in example.inputs.items()}
+    return Example(example.index, inputs)
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
+    inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits.float()
+
+
+def _refusal(model: nn.Module, found: str) -> RecipeError:
+    return RecipeError(
+        "This model would let packed examples see one another.",
+        where="train.packing",
+        found=found,
+        fix="train.packing: false",
+    )
