@@ -22,7 +22,7 @@ from qft.files import write_json, write_text
 from qft.hardware import environment
 from qft.models import fingerprint
 from qft.progress import Reporter
-from qft.scoring import score
+from qft.scoring import evaluate
 from qft.training import train
 
 RESULTS = Path(__file__).parent / "results" / "demo_seeds.jsonl"
@@ -41,7 +41,7 @@ def main() -> None:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
             write_text(folder / f"{part}.jsonl", text)
         first = demo_recipe(folder, SEEDS[0])
-        before = score(first.model, data=first.data.eval, task=first.task,
+        before = evaluate(first.model, data=first.data.eval, task=first.task,
                        max_length=first.train.max_length, too_long=first.data.too_long)  # fmt: skip
         losses = []
         for seed in SEEDS:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qft.opening import open_any
     from qft.preparation import prepare, unprepare
     from qft.recipe import Recipe, build_recipe, load_recipe
+    from qft.scoring import evaluate
     from qft.training import train
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "Recipe": "qft.recipe",
     "build_recipe": "qft.recipe",
     "check": "qft.checking",
+    "evaluate": "qft.scoring",
     "load_recipe": "qft.recipe",
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
@@ -38,6 +40,7 @@ __all__ = [
     "Recipe",
     "build_recipe",
     "check",
+    "evaluate",
     "export",
     "load_recipe",
     "merge",

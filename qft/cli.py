@@ -165,6 +165,17 @@ def evaluate(
     too_long: Annotated[
         str | None, typer.Option(help="error, truncate or drop; a run knows its own.")
     ] = None,
+    generate: Annotated[
+        bool, typer.Option("--generate", help="Also let it write, and compare the texts.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Of each text it writes.")] = 128,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Texts written at once.")] = 8,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="Run what it writes against the rows' tests.")
+    ] = False,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", help="Keep the texts in this jsonl file.")
+    ] = None,
     base: Base = None,
     strategy: Named = None,
     allow_pickle: Pickle = False,
@@ -173,9 +184,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Metrics of any model on held-out rows."""
-    from qft.scoring import score
+    from qft.scoring import evaluate as run
 
-    metrics = score(
+    metrics = run(
         source,
         data=data,
         task=task,
@@ -183,6 +194,11 @@ def evaluate(
         limit=limit,
         columns=_columns(column),
         too_long=too_long,
+        generate=generate,
+        max_new_tokens=max_new_tokens,
+        micro_batch=micro_batch,
+        execute_code=execute_code,
+        predictions=predictions,
         base=base,
         strategy=strategy,
         trust=_trust(allow_pickle, trust_remote_code),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qft import models
+from qft import evaluation, models
 from qft.data.tasks import TASKS, pad_id
 from qft.errors import RecipeError
-from qft.evaluation import evaluate
+from qft.files import write_json_lines
 from qft.held_out import held_out_examples
 from qft.opening import open_any
 from qft.progress import QUIET, Reporter
+from qft.written import write_and_score
 
 
-def score(
+def evaluate(
     source: str,
     *,
     data: str | None = None,
@@ -25,6 +26,11 @@ def score(
     base: str | None = None,
     strategy: str | None = None,
     trust: models.Trust | None = None,
+    generate: bool = False,
+    max_new_tokens: int = 128,
+    micro_batch: int = 8,
+    execute_code: bool = False,
+    predictions: Path | None = None,
     reporter: Reporter = QUIET,
 ) -> dict[str, float]:
     """Opens ``source`` and evaluates it.
@@ -33,6 +39,11 @@ def score(
         source: a run, adapter, model, GGUF export or hub id.
         data: rows; a run knows its own held-out ones.
         task: where the model does not say.
+        generate: also let the model write, and compare its texts with the rows'.
+        max_new_tokens: of each text.
+        micro_batch: texts written at once.
+        execute_code: run what it writes against the rows' tests (`qft.code_execution`).
+        predictions: a jsonl file to write: prompt, prediction, reference a row.
 
     Raises:
         QftError: the model or the rows cannot be opened.
@@ -55,8 +66,11 @@ def score(
     )
     for note in rows.notes:
         reporter.say(note)
+    if not generate and (execute_code or predictions is not None):
+        raise RecipeError("Only texts that are written can be run or kept.",
+                          where="--execute-code, --predictions", fix="add --generate")  # fmt: skip
     with reporter.bar("evaluate", len(rows.examples)) as bar:
-        return evaluate(
+        metrics = evaluation.evaluate(
             opened.model,
             rows.examples,
             TASKS[opened.task],
@@ -64,3 +78,18 @@ def score(
             labels=rows.labels,
             progress=bar.advance,
         )
+    if not generate:
+        return metrics
+    with reporter.bar("write", len(rows.examples)) as bar:
+        scores, texts = write_and_score(
+            opened.model,
+            opened.tokenizer,
+            rows.examples,
+            max_new_tokens=max_new_tokens,
+            micro_batch=micro_batch,
+            execute_code=execute_code,
+            progress=bar.advance,
+        )
+    if predictions is not None:
+        write_json_lines(predictions, texts)
+    return metrics | scores

@@ -23,7 +23,7 @@ from qft.export.delivery import merge
 from qft.judging.spans import best_span
 from qft.models import ModelSpec, open_model
 from qft.recipe import Columns, Data, build_recipe
-from qft.scoring import score
+from qft.scoring import evaluate as score
 from qft.training import train
 
 Writer = Callable[..., Path]
@@ -250,7 +250,7 @@ def test_each_head_trains_and_answers_the_same_in_a_fresh_process(
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert result.metrics["loss"] < first["eval_loss"]
     code = (
-        "import json, sys; from qft.scoring import score;"
+        "import json, sys; from qft.scoring import evaluate as score;"
         "print(json.dumps(score(sys.argv[1], data=sys.argv[2])))"
     )
     done = subprocess.run(

@@ -30,13 +30,13 @@ _PLACES = """
     data.seq2seq data.classify data.extract data.tagging data.packing data.augment
     data.tasks data.preflight inputs checking
     preparation task_loss step checkpoints run_folder first_step trainer run_watch
-    metrics.answers metrics.entities
+    metrics.answers metrics.entities metrics.texts code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out
     merging.side_files merging.tensors merging.merge
     training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
-    export.formats export.verify opening generation scoring export.delivery export
+    export.formats export.verify opening generation written scoring export.delivery export
     demo.docstrings demo.job
     cli
 """

@@ -23,7 +23,7 @@ from qft.generation import generate
 from qft.models import ModelSpec, longest_input, open_model, open_tokenizer
 from qft.preparation import prepare
 from qft.recipe import Columns
-from qft.scoring import score
+from qft.scoring import evaluate as score
 from qft.step import accumulate_gradients
 from qft.strategy import Context
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import qft
-from qft.scoring import score
+from qft.scoring import evaluate as score
 from qft.shards import ShardedCheckpoint
 
 HEADS, KV_HEADS = 8, 4

@@ -22,6 +22,21 @@ NumberedRow = tuple[int, Mapping[str, Any]]  # the number counts the source's ro
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """What a language example asks, and the answer that a person wrote.
+
+    Attributes:
+        prompt: a text, or the conversation up to the answer.
+        reference: the answer.
+        row: the whole row, for tests that it may hold.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    reference: str
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """One training or evaluation example, not yet padded.
 
@@ -31,7 +46,8 @@ class Example:
             shifted; or the class (int), the classes' zeros and ones, a number (float), a span.
         label_bytes: UTF-8 bytes of the supervised text, for bits per byte; 0 for a class.
         cut: whether `data.too_long: truncate` cut supervised tokens off.
-        truth: what the evaluation needs beside the labels (`qft.data.extract.Window`).
+        truth: what the evaluation needs beside the labels: `Written`, or
+            `qft.data.extract.Window`.
     """
 
     index: int
@@ -210,14 +226,16 @@ def fit_lengths(
 
 
 def language_examples(
-    encoded: Sequence[tuple[int, Encoded]], settings: EncodeSettings, notes: list[str]
+    encoded: Sequence[tuple[int, Encoded, Written | None]],
+    settings: EncodeSettings,
+    notes: list[str],
 ) -> list[Example]:
-    """Examples of ``(row number, sequence)`` pairs, within the length.
+    """Examples of ``(row number, sequence, what is asked)``, within the length.
 
     Raises:
         DataError: a row that supervises nothing; rows too long; nothing left.
     """
-    for number, sequence in encoded:
+    for number, sequence, _ in encoded:
         if sequence.supervised == 0:
             raise DataError(
                 "A row has nothing to learn from: no token of it is supervised.",
@@ -226,10 +244,10 @@ def language_examples(
                 fix="a conversation needs at least one message of the assistant; take out the "
                 "others",
             )
-    lengths = [len(sequence.input_ids) for _, sequence in encoded]
-    dropped = fit_lengths(lengths, [number for number, _ in encoded], settings, notes)
+    lengths = [len(sequence.input_ids) for _, sequence, _ in encoded]
+    dropped = fit_lengths(lengths, [number for number, _, _ in encoded], settings, notes)
     examples, cut_empty = [], 0
-    for position, (_, sequence) in enumerate(encoded):
+    for position, (_, sequence, written) in enumerate(encoded):
         if position in dropped:
             continue
         kept = sequence.cut(0, settings.max_length)
@@ -237,16 +255,19 @@ def language_examples(
             cut_empty += 1
             continue
         whole = kept.supervised == sequence.supervised
-        examples.append(example_of(kept, settings.index_offset + position, cut=not whole))
+        index = settings.index_offset + position
+        examples.append(example_of(kept, index, cut=not whole, truth=written))
     if cut_empty:
         notes.append(f"{cut_empty} of {len(encoded)} rows dropped: the cut left nothing to learn")
     return examples
 
 
-def example_of(sequence: Encoded, index: int, *, cut: bool = False) -> Example:
+def example_of(
+    sequence: Encoded, index: int, *, cut: bool = False, truth: Written | None = None
+) -> Example:
     """A language example."""
     inputs = {"input_ids": sequence.input_ids, "labels": sequence.labels}
-    return Example(index, inputs, sequence.label_bytes, cut)
+    return Example(index, inputs, sequence.label_bytes, cut, truth)
 
 
 def collate_language(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from qft.data.examples import (
     Example,
     NumberedRow,
     Task,
+    Written,
     collate_language,
     example_of,
     language_examples,
@@ -120,7 +121,8 @@ class InstructTask(LanguageTask):
                 sequence = _naming_the_row(number, partial(encode_chat, tokenizer, turns))
             else:
                 sequence = encode_plain(tokenizer, prompt, completion)
-            encoded.append((number, sequence))
+            asked = prompt_messages(prompt) if templated else plain_prompt(prompt)
+            encoded.append((number, sequence, Written(asked, completion, row)))
         if not templated:
             notes.append("no chat template: rows are instruction, line break, answer, eos")
         return language_examples(encoded, settings, notes)
@@ -150,9 +152,9 @@ class ChatTask(LanguageTask):
         """One example a conversation, or one a turn where the template asks for it."""
         require_template(tokenizer)
         encoded = [
-            (number, sequence)
+            (number, sequence, written)
             for number, row in rows
-            for sequence in self._sequences(tokenizer, row, number, settings)
+            for sequence, written in self._sequences(tokenizer, row, number, settings)
         ]
         if len(encoded) > len(rows):
             notes.append(
@@ -163,13 +165,18 @@ class ChatTask(LanguageTask):
 
     def _sequences(
         self, tokenizer: Tokenizer, row: Mapping[str, Any], number: int, settings: EncodeSettings
-    ) -> list[Encoded]:
+    ) -> list[tuple[Encoded, Written | None]]:
+        """The last one asks for the last answer; a model that writes is judged by that."""
         messages = read_messages(row[settings.columns["messages"]], number)
         tools = row.get(settings.columns.get("tools", "")) or None
         last_only = settings.supervise == "last"
-        return _naming_the_row(
+        sequences = _naming_the_row(
             number, lambda: encode_turns(tokenizer, messages, last_only=last_only, tools=tools)
         )
+        written = None
+        if messages[-1]["role"] == "assistant" and len(messages) > 1:
+            written = Written(messages[:-1], messages[-1]["content"], row)
+        return [(s, written if s is sequences[-1] else None) for s in sequences]
 
 
 def _naming_the_row(number: int, encode: Callable[[], _Result]) -> _Result:

@@ -200,7 +200,8 @@ def counts(part: ExampleSet) -> dict[str, int]:
     for example in part.examples:
         labels = example.inputs["labels"]
         total["tokens"] += len(example.inputs["input_ids"])
-        whole = not isinstance(labels, list) or part.labels_are == "many" or example.truth
+        whole = not isinstance(labels, list) or part.labels_are == "many"
+        whole = whole or isinstance(example.truth, Window)
         values = [0] if whole else labels
         total["supervised"] += sum(label != UNSUPERVISED for label in values)
     return dict(total)

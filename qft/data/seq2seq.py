@@ -12,6 +12,7 @@ from qft.data.examples import (
     Example,
     NumberedRow,
     Task,
+    Written,
     fit_lengths,
     pad,
     padded_inputs,
@@ -59,7 +60,10 @@ class Seq2SeqTask(Task):
                 ids = encode_source(tokenizer, source, truncation=True, max_length=limit)
             inputs = {"input_ids": ids, "labels": labels[:limit]}
             index = settings.index_offset + position
-            examples.append(Example(index, inputs, sum(sizes[:limit]), cut=len(labels) > limit))
+            row = rows[position][1]
+            written = Written(source, text_in(row, settings.columns["target"], 0), row)
+            cut = len(labels) > limit
+            examples.append(Example(index, inputs, sum(sizes[:limit]), cut, written))
         return examples
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def _prepare_rows(out: Path, seed: int, reporter: Reporter) -> Recipe:
 
 
 def _measure_base(recipe: Recipe, reporter: Reporter) -> dict[str, float]:
-    from qft.scoring import score
+    from qft.scoring import evaluate
 
     training = read_json(BASE / "training.json")
     reporter.title("2. The base model before")
@@ -133,7 +133,7 @@ def _measure_base(recipe: Recipe, reporter: Reporter) -> dict[str, float]:
         f"(gzip {training['bits_per_byte']['gzip']:.2f}, "
         f"unigram {training['bits_per_byte']['unigram']:.2f})"
     )
-    metrics = score(
+    metrics = evaluate(
         recipe.model, data=recipe.data.eval, task=recipe.task, too_long=recipe.data.too_long,
         max_length=recipe.train.max_length, reporter=reporter,
     )  # fmt: skip
