@@ -457,6 +457,14 @@ def test_the_readme_works_from_top_to_bottom(tmp_path):
         run_block(block, tmp_path)
 
 
+def test_the_chinese_readme_has_the_very_same_commands():
+    english, chinese = (
+        [(block.language, block.text) for block in blocks_of(path.read_text(encoding="utf-8"))]
+        for path in (README, README.with_name("README.zh.md"))
+    )
+    assert chinese == english
+
+
 @pytest.mark.skipif(not README.is_file(), reason="there is no README.md yet")
 def test_every_fence_of_the_readme_is_read():
     text = README.read_text(encoding="utf-8")
