@@ -53,7 +53,11 @@ class Layers(FreedTensors):
                 fix="a smaller number, or {name: full}",
             )
         parent = model.get_submodule(name.rpartition(".")[0])
-        behind = [n for n, m in parent.named_children() if "norm" in type(m).__name__.lower()]
+        behind = [
+            child
+            for child, module in parent.named_children()
+            if "norm" in type(module).__name__.lower() and "emb" not in child  # that is below
+        ]
         prefix = name.rpartition(".")[0]
         first = len(stack) - self.last
         return [

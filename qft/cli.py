@@ -425,7 +425,9 @@ def _columns(pairs: list[str] | None) -> dict[str, str | int]:
 
 def _print(value: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
     if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+        from qft.files import json_ready
+
+        print(json.dumps(json_ready(value), indent=2, ensure_ascii=False, default=str))
     else:
         otherwise()
 

@@ -52,8 +52,15 @@ def held_out_examples(
         DataError: the rows do not fit the task.
     """
     recipe = recipe_of(source)
+    changes: dict[str, Any] = {"labels_are": labels_are}
+    changes |= {"columns": Columns(**columns)} if columns else {}
+    changes |= {"too_long": too_long} if too_long else {}
+    known = recipe.data.model_copy(update=changes) if recipe is not None else None
     if recipe is not None and data is None and recipe.task == task:
-        _, held_out = load_train_eval(recipe, tokenizer)
+        length = max_length or recipe.train.max_length
+        train = recipe.train.model_copy(update={"max_length": length})
+        asked = recipe.model_copy(update={"data": known, "train": train})
+        _, held_out = load_train_eval(asked, tokenizer)
         if held_out is not None:
             return held_out.first(limit)
     if data is None:
@@ -62,13 +69,7 @@ def held_out_examples(
             where=source,
             fix="add --data FILE",
         )
-    known = recipe.data if recipe is not None else None
-    settings = Data(
-        train=data,
-        columns=Columns(**columns) if columns else (known.columns if known else Columns()),
-        too_long=too_long or (known.too_long if known else "error"),  # type: ignore[arg-type]
-        labels_are=labels_are,  # type: ignore[arg-type]
-    )
+    settings = known or Data(train=data, **changes)
     length = max_length or (recipe.train.max_length if recipe is not None else 512)
     return load_examples(
         task, data, tokenizer, data=settings, max_length=length, labels=labels, limit=limit

@@ -16,11 +16,11 @@ from transformers.trainer_callback import ExportableState
 
 from qft import hardware
 from qft.errors import QftError
-from qft.files import explain_write_errors, write_text
+from qft.files import explain_write_errors, json_ready, write_text
 from qft.progress import Bar, Reporter, human_bytes
 from qft.trainer import StepTrainer
 
-_COUNTS = ("seconds", "tokens", "items", "replays")
+_COUNTS = ("seconds", "cpu_seconds", "tokens", "items", "replays")
 
 
 class RunWatch(TrainerCallback, ExportableState):
@@ -36,8 +36,9 @@ class RunWatch(TrainerCallback, ExportableState):
         self._reporter = reporter
         self._bar: Bar | None = None
         self._context: Any = None
-        self._started = 0.0
+        self._started = self._cpu_started = 0.0
         self.seconds = 0.0
+        self.cpu_seconds = 0.0  # of all threads: what a busy machine cannot falsify
         self.tokens = 0
         self.items = 0
         self.replays = 0
@@ -55,11 +56,11 @@ class RunWatch(TrainerCallback, ExportableState):
             setattr(self, name, saved.get(name, getattr(self, name)))
         self._context = self._reporter.bar("train", state.max_steps)
         self._bar = self._context.__enter__()
-        self._started = time.monotonic()
+        self._started, self._cpu_started = time.monotonic(), time.process_time()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Starts the clock: evaluation and saving do not count as training time."""
-        self._started = time.monotonic()
+        self._started, self._cpu_started = time.monotonic(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts and shows the step; stops here where Ctrl-C asked for it."""
@@ -75,6 +76,7 @@ class RunWatch(TrainerCallback, ExportableState):
                 "are kept",
             )
         self.seconds += time.monotonic() - self._started
+        self.cpu_seconds += time.process_time() - self._cpu_started
         self.tokens += result.tokens
         self.items += result.items
         if result.replays:
@@ -99,7 +101,7 @@ class RunWatch(TrainerCallback, ExportableState):
         """Appends a line to metrics.jsonl."""
         line = {"step": state.global_step, **(logs or {})}
         with explain_write_errors(self._log), self._log.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(json_ready(line)) + "\n")
         if self._bar is not None and logs and "eval_loss" in logs:
             shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in logs.items() if k.startswith("eval_"))
             self._reporter.say(f"step {state.global_step}: held-out {shown}")

@@ -62,6 +62,7 @@ class _Opened:
     model: nn.Module
     inputs: Inputs
     card: dict[str, Any]
+    parameters: int  # of the base, heads included
 
 
 def train(
@@ -131,7 +132,8 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
         _install_noise(model, recipe.train.embedding_noise)
     _say_trainable(model, reporter)
     card = _card(recipe, base, training, skeleton, chosen)
-    return _Opened(model, inputs, card)
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    return _Opened(model, inputs, card, parameters)
 
 
 def _context(recipe: Recipe, needs: Needs, skeleton: nn.Module, inputs: Inputs) -> Context:
@@ -184,7 +186,7 @@ def _install_noise(model: Any, alpha: float) -> None:
 
 
 def _say_trainable(model: nn.Module, reporter: Reporter) -> None:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = _count_trained(model)
     state = prepared(model)
     assert state is not None
     reporter.say(
@@ -193,6 +195,10 @@ def _say_trainable(model: nn.Module, reporter: Reporter) -> None:
     )
     for note in state.notes:
         reporter.say(f"note: {note}")
+
+
+def _count_trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _card(
@@ -295,6 +301,7 @@ def _run(
         "steps": trainer.state.global_step,
         "train_loss": result.training_loss,
         "train_seconds": watcher.seconds,
+        "train_cpu_seconds": watcher.cpu_seconds,
         "tokens": watcher.tokens,
         "tokens_per_second": watcher.tokens / max(watcher.seconds, 1e-9),
         "supervised_items": watcher.items,
@@ -334,6 +341,8 @@ def _finish(
         "device": chosen.device,
         "dtype": str(chosen.dtype).removeprefix("torch."),
         "quantize": opened.card["quantize"],
+        "parameters": opened.parameters,
+        "trained_parameters": _count_trained(trainer.trained),
         "versions": hardware.versions(),
         "training": report,
         "metrics": metrics,

@@ -45,8 +45,11 @@ class Case:
 
 
 # the last layer of each family, and the normalisation behind it
-LAST = r"layers\.1\.|encoder\.layer\.1\.|decoder\.block\.1\.|model\.norm\.|decoder\.final"
-HEADS = r"classifier\.(?!original_module)"
+LAST = (
+    r"(?<!encoder\.)layers\.1\.|encoder\.layer\.1\.|decoder\.block\.1\."
+    r"|model\.norm\.|decoder\.final"
+)
+HEADS = r"classifier\."
 CASES = [
     Case({"name": "lora", "rank": 4}, rf"lora_[AB]\.|{HEADS}"),
     Case(
@@ -67,7 +70,7 @@ CASES = [
     Case({"name": "full"}, "."),
     Case(
         {"name": "stack", "of": [{"name": "bitfit"}, {"name": "lora", "rank": 4}]},
-        rf"lora_[AB]\.|(?<!original_module\.)bias$|(?i:norm)|{HEADS}",
+        rf"lora_[AB]\.|bias$|(?i:norm)|{HEADS}",
     ),
 ]
 
@@ -166,5 +169,6 @@ def wrongly_trained(model: nn.Module, pattern: str) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad != bool(re.search(pattern, name))
+        if parameter.requires_grad
+        != (bool(re.search(pattern, name)) and "original_module" not in name)
     ]

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -152,6 +153,54 @@ def test_every_strategy_in_every_precision(
     assert not trial.problems, "\n".join(trial.problems)
     documented = {k[1:]: v for k, v in documented_refusals().items() if k[0] == architecture}
     assert trial.refused == documented
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "roberta", "bart"])
+def test_wider_families(family: str, tmp_path: Path) -> None:
+    """The same checks on other families; what they refuse is not in the table."""
+    base = tmp_path / "base"
+    architecture = make_family(family, base)
+    trial = Trial(base, architecture, tmp_path)
+    for case in CASES:
+        for precision in PRECISIONS:
+            try:
+                trial.run(case, precision)
+            except Exception as error:
+                trial.problems.append(f"{case.name}/{precision}: {type(error).__name__}: {error}")
+    trial.reload()
+    assert not trial.problems, "\n".join(trial.problems)
+    assert {name for name, _ in trial.refused} <= {"head", "full"}
+
+
+def make_family(family: str, folder: Path) -> str:
+    """A random two-layer model with a byte tokenizer; which kind it is."""
+    import transformers
+    from conftest import make_tokenizer
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 64, "num_attention_heads": 4, "pad_token_id": 0,
+             "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 128}  # fmt: skip
+    layers = {"num_hidden_layers": 2, "intermediate_size": 128}
+    made: Any
+    match family:
+        case "qwen2":
+            config = transformers.Qwen2Config(**sizes, **layers, num_key_value_heads=2)
+            made = transformers.Qwen2ForCausalLM(config)
+        case "roberta":
+            made = transformers.RobertaModel(transformers.RobertaConfig(**sizes, **layers))
+        case _:
+            sizes["d_model"] = sizes.pop("hidden_size")
+            del sizes["num_attention_heads"]
+            config = transformers.BartConfig(
+                **sizes, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, dropout=0.0,
+                decoder_start_token_id=2,
+            )  # fmt: skip
+            made = transformers.BartForConditionalGeneration(config)
+    made.save_pretrained(folder)
+    make_tokenizer(folder)
+    return {"qwen2": "decoder", "roberta": "encoder", "bart": "encoder-decoder"}[family]
 
 
 def documented_refusals() -> dict[tuple[str, str, str], str]:
