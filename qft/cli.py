@@ -165,6 +165,9 @@ def evaluate(
     too_long: Annotated[
         str | None, typer.Option(help="error, truncate or drop; a run knows its own.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; an adapter knows its own.")
+    ] = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Also let it write, and compare the texts.")
     ] = False,
@@ -194,6 +197,7 @@ def evaluate(
         limit=limit,
         columns=_columns(column),
         too_long=too_long,
+        dtype=dtype,
         generate=generate,
         max_new_tokens=max_new_tokens,
         micro_batch=micro_batch,

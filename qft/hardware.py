@@ -37,6 +37,9 @@ class Hardware:
     reason: str
 
 
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
 def choose(device: str = "auto", dtype: str = "auto") -> Hardware:
     """The device and dtype for a run.
 
@@ -45,7 +48,7 @@ def choose(device: str = "auto", dtype: str = "auto") -> Hardware:
         dtype: ``auto``, ``bfloat16``, ``float16`` or ``float32``.
 
     Raises:
-        RecipeError: CUDA was asked for and is not there.
+        RecipeError: CUDA was asked for and is not there, or there is no such dtype.
     """
     import torch
 
@@ -63,6 +66,9 @@ def choose(device: str = "auto", dtype: str = "auto") -> Hardware:
         if device != "auto"
         else ("a CUDA device is there" if cuda else "there is no CUDA device")
     )
+    if dtype not in DTYPES:
+        raise RecipeError("No such type of numbers.", where="dtype", found=dtype,
+                          fix=", ".join(DTYPES))  # fmt: skip
     if dtype != "auto":
         reason = f"{chosen}: {why_device}; {dtype}: asked for"
         return Hardware(chosen, getattr(torch, dtype), reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qft import evaluation, models
+from qft import evaluation, hardware, models
 from qft.data.tasks import TASKS, pad_id
 from qft.errors import RecipeError
 from qft.files import write_json_lines
@@ -26,6 +26,7 @@ def evaluate(
     base: str | None = None,
     strategy: str | None = None,
     trust: models.Trust | None = None,
+    dtype: str | None = None,
     generate: bool = False,
     max_new_tokens: int = 128,
     micro_batch: int = 8,
@@ -39,6 +40,7 @@ def evaluate(
         source: a run, adapter, model, GGUF export or hub id.
         data: rows; a run knows its own held-out ones.
         task: where the model does not say.
+        dtype: to compute in; None is the adapter's own, else what suits the device.
         generate: also let the model write, and compare its texts with the rows'.
         max_new_tokens: of each text.
         micro_batch: texts written at once.
@@ -48,7 +50,8 @@ def evaluate(
     Raises:
         QftError: the model or the rows cannot be opened.
     """
-    opened = open_any(source, base=base, strategy=strategy, task=task, trust=trust)
+    held = {} if dtype is None else {"dtype": hardware.choose(dtype=dtype).dtype}
+    opened = open_any(source, base=base, strategy=strategy, task=task, trust=trust, **held)
     if opened.task not in TASKS:
         raise RecipeError("No such task.", where="--task", found=opened.task,
                           fix=", ".join(TASKS))  # fmt: skip

@@ -262,7 +262,8 @@ def test_each_head_trains_and_answers_the_same_in_a_fresh_process(
     assert fresh == pytest.approx(result.metrics, rel=1e-6)
     report = merge(tmp_path / "run", tmp_path / "merged", verify=True, data=str(path))
     assert report["verification"]["passed"]
-    assert score(str(tmp_path / "merged"), data=str(path)) == pytest.approx(fresh, rel=1e-4)
+    merged = score(str(tmp_path / "merged"), data=str(path), dtype="float32")
+    assert merged == pytest.approx(fresh, rel=1e-4)
 
 
 def test_a_model_that_would_be_random_is_refused(tiny_llama: Path):

@@ -169,7 +169,7 @@ def test_the_whole_way(base, tmp_path):
     assert again["loss"] == pytest.approx(result.metrics["loss"], abs=1e-6)
     qft.merge(result.folder, tmp_path / "merged")
     data = str(tmp_path / "eval.jsonl")
-    merged = score(str(tmp_path / "merged"), data=data)
+    merged = score(str(tmp_path / "merged"), data=data, dtype="float32")
     assert merged["loss"] == pytest.approx(again["loss"], abs=1e-4)
 
     run = qft.open_any(str(result.folder))
