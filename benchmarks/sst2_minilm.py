@@ -103,6 +103,8 @@ def measure(data: Path, name: str, quantize: str, folder: Path) -> dict[str, Any
         "macro_f1": scores["macro_f1"],
         "trained_share": report["trained_parameters"] / report["parameters"],
         "peak_bytes": training["measured_peak_bytes"],
+        "peak_above_loaded_bytes": training["measured_peak_bytes"]
+        - training["bytes_before_training"],
         "tokens_per_second": training["tokens_per_second"],
         "tokens_per_cpu_second": training["tokens"] / training["train_cpu_seconds"],
         "dtype": report["dtype"],
