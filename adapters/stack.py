@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -127,36 +127,70 @@ class Stack(Strategy):
 
 
 class StackMerge:
-    """Every part's edits to each tensor; no tensor may be replaced by one and edited by another."""
+    """Every part's edits to each tensor, over what a part puts in its place.
+
+    A part's tensors replace the base's: what the others add to a weight, they were trained to add
+    to the replaced one.
+    """
 
     def __init__(self, merges: Sequence[Merge], folder: Path) -> None:
         self._merges = list(merges)
-        names = [name for merge in self._merges for name in merge.added()]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise AdapterError("Two parts of the stack replace the same tensor.",
-                               where=folder, found=twice[0])  # fmt: skip
+        self._replaced: dict[str, Tensor] = {}
+        for merge in self._merges:
+            for name, tensor in merge.added().items():
+                if not _same(tensor, self._replaced.setdefault(name, tensor)):
+                    raise AdapterError(
+                        "Two parts of the stack hold other values of the same tensor.",
+                        where=folder,
+                        found=name,
+                        fix="merge the folder that one training has saved, with all its parts",
+                    )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a merged tensor."""
-        for merge in self._merges:
-            if name in merge.added():
-                return merge.shape(name)
+        if name in self._replaced:
+            return tuple(self._replaced[name].shape)
         return self._merges[0].shape(name)
 
     def edit(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` itself, or what the parts make of it."""
+        tensor = self._replaced.get(name, tensor)
         for merge in self._merges:
-            tensor = merge.edit(name, tensor)
+            if name not in merge.added():
+                tensor = merge.edit(name, tensor)
         return tensor
 
     def added(self) -> Mapping[str, Tensor]:
-        """All parts' together."""
-        return {name: t for merge in self._merges for name, t in merge.added().items()}
+        """All parts' together, each edited by the others when it is asked for."""
+        return _Edited(self, self._replaced)
 
     def config_changes(self) -> Mapping[str, Any]:
         """All parts' together."""
         return {key: v for merge in self._merges for key, v in merge.config_changes().items()}
+
+
+class _Edited(Mapping[str, "Tensor"]):
+    """Edits one tensor at a time, so that a merge holds no more than one."""
+
+    def __init__(self, merge: StackMerge, tensors: Mapping[str, Tensor]) -> None:
+        self._merge, self._tensors = merge, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._merge.edit(name, self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Two parts that free one parameter both save it."""
+    return one is other or (one.shape == other.shape and bool((one == other).all()))
 
 
 def _seen_by(part: Strategy, model: nn.Module) -> nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qft
@@ -15,9 +17,11 @@ from adapters.bitfit import BitFit
 from adapters.ia3 import IA3
 from adapters.lora import LoRA
 from adapters.prefix import Prefix
-from adapters.stack import Stack
+from adapters.stack import Stack, StackMerge
 from qft.errors import AdapterError, RecipeError
+from qft.merging.merge import open_source, write_model
 from qft.registry import build_strategy, settings_of, strategy_from_folder
+from qft.strategy import Context
 from qft.strategy_table import strategy_table
 
 SETTINGS = {"name": "stack", "of": [{"name": "prefix", "length": 4}, {"name": "lora", "rank": 2}]}
@@ -96,6 +100,84 @@ def test_a_stack_resumes_exactly(tiny_bert: Path, tmp_path: Path):
     for name in ("prefix/adapter_model.safetensors", "lora/adapter_model.safetensors"):
         saved = [(f / "run" / "adapter" / name).read_bytes() for f in (whole, parted)]
         assert saved[0] == saved[1], name
+
+
+OVERLAPS: dict[str, tuple[Any, ...]] = {
+    "lora-layers": ({"name": "lora", "rank": 2}, {"name": "layers", "last": 1}),
+    "layers-lora": ({"name": "layers", "last": 1}, {"name": "lora", "rank": 2}),
+    "dora-layers": ({"name": "lora", "rank": 2, "dora": True}, {"name": "layers", "last": 1}),
+    "ia3-layers": ({"name": "ia3"}, {"name": "layers", "last": 1}),
+    "bitfit-layers": ("bitfit", {"name": "layers", "last": 1}),
+    "biases-bitfit": ({"name": "lora", "rank": 2, "bias": "all"}, "bitfit"),
+}
+
+
+def train_a_little(model: nn.Module, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    ids = torch.randint(4, 200, (4, 8), generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("parts", OVERLAPS)
+def test_parts_that_share_tensors_merge_to_what_was_trained(
+    parts: str, tiny_bert: Path, tmp_path: Path
+):
+    strategy = build_strategy({"name": "stack", "of": OVERLAPS[parts]})
+    spec = qft.models.ModelSpec(
+        str(tiny_bert), "classify", ("no", "yes"), dtype=torch.float32, device="cpu"
+    )
+    model = strategy.attach(qft.models.open_model(tiny_bert, spec), Context(total_steps=3))
+    train_a_little(model)
+    saved = tmp_path / "adapter"
+    saved.mkdir()
+    strategy.save(model, saved)
+    skeleton = qft.models.open_skeleton(tiny_bert, spec)
+    source = open_source(tiny_bert, skeleton, adapter=saved, strategy=strategy_from_folder(saved))
+    write_model(source, tmp_path / "merged")
+    merged = qft.models.open_model(
+        tmp_path / "merged", dataclasses.replace(spec, source=str(tmp_path / "merged"))
+    )
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
+    plain = qft.models.open_model(tiny_bert, spec)
+    plain.load_state_dict(merged.state_dict() | {
+        n: p for n, p in plain.state_dict().items() if n.startswith("bert.encoder.layer.1")
+    })  # fmt: skip
+    assert (logits(plain) - logits(merged)).abs().max() > 1e-3  # the shared tensors do tell
+
+
+def test_parts_that_contradict_each_other_are_refused(tiny_bert: Path, tmp_path: Path):
+    strategy = build_strategy({"name": "stack", "of": ["bitfit", {"name": "layers", "last": 1}]})
+    spec = qft.models.ModelSpec(str(tiny_bert), "classify", ("no", "yes"), device="cpu")
+    strategy.save(strategy.attach(qft.models.open_model(tiny_bert, spec), Context()), tmp_path)
+    file = tmp_path / "bitfit" / "trained_tensors.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    skeleton = qft.models.open_skeleton(tiny_bert, spec)
+    with pytest.raises(AdapterError, match="other values of the same tensor"):
+        open_source(tiny_bert, skeleton, adapter=tmp_path, strategy=strategy)
+
+
+def test_a_merge_computes_one_replaced_tensor_at_a_time(tmp_path: Path):
+    asked: list[str] = []
+
+    class Part:
+        def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+            self.tensors = tensors
+
+        def added(self) -> dict[str, torch.Tensor]:
+            return self.tensors
+
+        def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+            asked.append(name)
+            return tensor * 2
+
+    freed = {"a": torch.ones(2), "b": torch.ones(2)}
+    added = StackMerge([Part({}), Part(freed)], tmp_path).added()  # type: ignore[list-item]
+    assert (list(added), "a" in added, asked) == (["a", "b"], True, [])
+    assert torch.equal(added["b"], torch.full((2,), 2.0))
+    assert asked == ["b"]
 
 
 def test_settings_go_round_and_wrong_ones_are_named():

@@ -112,7 +112,8 @@ class MergedTensors:
     ) -> None:
         self._base, self._merge, self._dtype = base, merge, dtype
         self._tied = dict(tied or {})
-        self._added = dict(merge.added()) if merge is not None else {}
+        # not copied: a stack's are computed one at a time
+        self._added: Mapping[str, Tensor] = merge.added() if merge is not None else {}
         self._modules = {n: m for n, m in names.items() if m not in self._tied}
         known = set(self._modules.values())
         self._modules |= {name: name for name in self._added if name not in known}
