@@ -12,13 +12,18 @@ from pydantic import Field, field_validator
 from adapters.lora_start import (
     CALIBRATION_BATCHES,
     CHANGES_BASE,
+    FIRST_FILE,
+    FIRST_MARK,
     Start,
     against_original,
+    begin_where_saved,
     finish_start,
+    first_update,
     peft_start,
+    read_first,
     trained_half,
 )
-from adapters.low_rank_merge import LowRankMerge, lora_parts
+from adapters.low_rank_merge import LowRankMerge, less_first, lora_parts
 from adapters.low_rank_targets import resolve
 from adapters.peft_backed import (
     HEAD_TASK_TYPES,
@@ -136,12 +141,17 @@ class LoRA(PeftStrategy):
         return wrapped
 
     def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes PEFT's folder; whatever it began with, it belongs to the original base."""
-        super().save(model, folder)
-        changes: dict[str, Any] = {"init_lora_weights": True, "eva_config": None}
-        if self.initialisation in CHANGES_BASE:
-            from safetensors.torch import save_file
+        """Writes PEFT's folder; whatever it began with, it belongs to the original base.
 
+        LoftQ's belongs to the quantized one; what makes it fit the original lies beside it.
+        """
+        from safetensors.torch import save_file
+
+        super().save(model, folder)
+        changes: dict[str, Any] = {}
+        if self.initialisation != "default":
+            changes = {"init_lora_weights": True, "eva_config": None}
+        if self.initialisation in CHANGES_BASE:
             tensors = against_original(read_tensors(folder), model)
             save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
             # twice the rank at the same scale
@@ -153,8 +163,16 @@ class LoRA(PeftStrategy):
                 "rank_pattern": {k: 2 * v for k, v in self.rank_pattern.items()},
                 "alpha_pattern": {k: factor * v for k, v in self.alpha_pattern.items()},
             }
-        if self.initialisation != "default":
+        elif first := first_update(model):
+            save_file(first, folder / FIRST_FILE, metadata={"format": "pt"})
+            changes["loftq_config"] = FIRST_MARK
+        if changes:
             change_config(folder, changes)
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Loads the matrices, exactly; a base that is not quantized is made to fit LoftQ's."""
+        super().load(model, folder)
+        begin_where_saved(model, read_first(folder, read_config(folder, "LORA") or {}))
 
     def saved_tensors(self, model: nn.Module, folder: Path) -> dict[str, Tensor]:
         """The folder's tensors as this model holds them."""
@@ -188,11 +206,20 @@ class LoRA(PeftStrategy):
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "LORA") or {}
         parts = lora_parts(read_tensors(folder), values, self.rank_stabilised, folder)
+        parts = less_first(parts, read_first(folder, values), folder)
         transposed = bool(values.get("fan_in_fan_out"))
         return LowRankMerge(parts, base, folder, transposed=transposed)
 
 
 def _refuse_unknown(values: dict[str, Any], folder: Path) -> None:
+    if values.get("init_lora_weights") == "loftq":
+        raise AdapterError(
+            "PEFT does not save what LoftQ began with, and without it the adapter fits no base "
+            "but the one that was quantized in memory.",
+            where=folder,
+            found="init_lora_weights='loftq'",
+            fix="train it with qft: {name: lora, initialisation: loftq}",
+        )
     unknown = [key for key in _UNKNOWN_FEATURES if values.get(key)]
     # a start that changed the base: the folder alone is not the update against the original
     if values.get("init_lora_weights") not in (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qft.errors import RecipeError
+from adapters.peft_backed import read_tensors
+from qft.errors import AdapterError, RecipeError
 from qft.strategy import Context
 
 if TYPE_CHECKING:
@@ -16,6 +18,9 @@ CALIBRATION_BATCHES = 8
 CHANGES_BASE = ("pissa", "olora")  # what the first update says is taken out of the weight
 _NEEDS_WEIGHT = (*CHANGES_BASE, "orthogonal")
 _FIRST = "_qft_first_update"  # on each layer: what its matrices began with
+# LoftQ's first update makes up for a quantization; upon the original weights it is too much
+FIRST_FILE = "first_update.safetensors"
+FIRST_MARK = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's loftq_config: the file must be there
 
 
 def peft_start(start: Start, model: nn.Module) -> bool | str:
@@ -52,8 +57,7 @@ def finish_start(start: Start, model: nn.Module, context: Context) -> None:
         return
     if start in CHANGES_BASE:
         for _, layer in lora_layers(model):
-            first = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
-            layer.__dict__[_FIRST] = tuple(tensor.detach().clone() for tensor in first)
+            _remember_first(layer)
     elif start == "eva":
         _start_eva(model, context)
     elif start == "loftq":
@@ -65,6 +69,60 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if "default" in getattr(module, "lora_A", {}):
             yield name.removeprefix("base_model.model."), module
+
+
+def _remember_first(layer: Any) -> None:
+    first = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    layer.__dict__[_FIRST] = tuple(tensor.detach().clone() for tensor in first)
+
+
+def first_update(model: nn.Module) -> dict[str, Tensor]:
+    """What LoftQ began with, under PEFT's names; empty for every other start."""
+    first = {}
+    for name, layer in lora_layers(model):
+        for side, tensor in zip("AB", layer.__dict__.get(_FIRST, ()), strict=False):
+            first[f"base_model.model.{name}.lora_{side}.weight"] = tensor.cpu().contiguous()
+    return first
+
+
+def read_first(folder: Path, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The first update saved in an adapter folder; empty where none belongs to it.
+
+    Args:
+        values: the folder's adapter_config.json.
+
+    Raises:
+        AdapterError: the config says that there is one, and it is gone or broken.
+    """
+    if (folder / FIRST_FILE).is_file():
+        return read_tensors(folder, FIRST_FILE)
+    if values.get("loftq_config"):
+        raise AdapterError(
+            "The adapter began with LoftQ, and what it began with is missing.",
+            where=folder,
+            found=f"no {FIRST_FILE}",
+            fix="copy the whole folder that the training has saved",
+        )
+    return {}
+
+
+def begin_where_saved(model: nn.Module, first: Mapping[str, Tensor]) -> None:
+    """Makes a base that is not quantized what a LoftQ adapter adds to: ``W - s B0 A0``."""
+    import torch
+
+    for name, layer in lora_layers(model):
+        a, b = (f"base_model.model.{name}.lora_{side}.weight" for side in "AB")
+        if a not in first or b not in first:
+            continue
+        base = layer.get_base_layer()
+        done = _FIRST in layer.__dict__
+        layer.__dict__[_FIRST] = down, up = tuple(
+            first[n].to(layer.lora_A["default"].weight) for n in (a, b)
+        )
+        if not done and not _is_quantized(base):
+            with torch.no_grad():
+                weight = base.weight
+                weight.copy_(weight.float() - layer.scaling["default"] * up.float() @ down.float())
 
 
 def against_original(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -121,14 +179,21 @@ def _start_loftq(model: nn.Module, context: Context) -> None:
                           where="strategy.initialisation",
                           fix="train from a recipe that names the original model")  # fmt: skip
     for name, layer in lora_layers(model):
+        if not _is_quantized(layer.get_base_layer()):
+            continue  # nothing is lost there; two empty matrices would never learn
         held = dequantize_module_weight(layer.get_base_layer()).float()
-        lost = context.original_weight(f"{name}.weight").to(held) - held
+        original = context.original_weight(f"{name}.weight").to(held)
+        lost = original - held
         up, size, down = torch.linalg.svd(lost, full_matrices=False)
         rank = layer.r["default"]
         root = (size[:rank] / layer.scaling["default"]).sqrt()
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(root[:, None] * down[:rank])
             layer.lora_B["default"].weight.copy_(up[:, :rank] * root)
+            lengths = getattr(layer, "lora_magnitude_vector", None) or {}
+            if "default" in lengths:  # DoRA's
+                lengths["default"].weight.copy_(original.norm(dim=1))
+        _remember_first(layer)
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +148,35 @@ def lora_parts(
             replaced[name] = tensor  # refused by the merge, by its name
     heads = frozenset(values.get("modules_to_save") or ())
     return Parts(updates, replaced, rows, heads)
+
+
+def less_first(parts: Parts, first: Mapping[str, Tensor], folder: Path) -> Parts:
+    """Parts without what LoftQ began with: the original base has lost nothing to a quantization.
+
+    ``s B A - s B0 A0`` is ``s [B, -B0] [A; A0]``.
+
+    Raises:
+        AdapterError: the first update is another adapter's.
+    """
+    import torch
+
+    updates = dict(parts.updates)
+    downs = {module_name(n): t for n, t in first.items() if n.endswith(".lora_A.weight")}
+    ups = {module_name(n): t for n, t in first.items() if n.endswith(".lora_B.weight")}
+    for name, down in downs.items():
+        target = name.removesuffix(".lora_A.weight")
+        update, up = updates.get(f"{target}.weight"), ups.get(f"{target}.lora_B.weight")
+        if update is None or up is None or (update.up.shape, update.down.shape) != (
+            up.shape, down.shape,
+        ):  # fmt: skip
+            raise AdapterError("What the adapter began with belongs to another adapter.",
+                               where=folder, found=name)  # fmt: skip
+        updates[f"{target}.weight"] = replace(
+            update,
+            up=torch.cat([update.up.float(), -up.float()], dim=1),
+            down=torch.cat([update.down.float(), down.float()], dim=0),
+        )
+    return replace(parts, updates=updates)
 
 
 def _scale(

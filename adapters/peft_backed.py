@@ -115,7 +115,7 @@ def change_config(folder: Path, changes: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
     """The adapter's tensors under PEFT's names.
 
     Raises:
@@ -124,7 +124,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = folder / WEIGHTS_FILE
+    path = folder / file
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         raise AdapterError(
@@ -132,7 +132,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             if pickled
             else "The adapter folder holds no weights.",
             where=folder,
-            fix="save the adapter again as safetensors" if pickled else f"it needs {WEIGHTS_FILE}",
+            fix="save the adapter again as safetensors" if pickled else f"it needs {file}",
         )
     try:
         return load_file(path)

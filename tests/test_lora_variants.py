@@ -7,18 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import qft
 from adapters.lora import LoRA
+from adapters.lora_start import FIRST_FILE, FIRST_MARK, lora_layers
 from adapters.low_rank_targets import linear_names, resolve
-from qft.errors import RecipeError
+from adapters.peft_backed import change_config
+from qft.errors import AdapterError, RecipeError
 from qft.merging.tensors import ModuleTensors
 from qft.models import ModelSpec, module_names, open_model, open_skeleton
 from qft.preparation import prepare
 from qft.registry import strategy_from_folder
 from qft.shards import ShardedCheckpoint
-from qft.strategy import Context
+from qft.strategy import Context, Strategy
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"rank_stabilised": True},
@@ -112,14 +115,104 @@ def test_a_variant_begins_where_the_base_is_and_is_saved_and_merged_whole(
         if name in wanted:
             assert torch.equal(parameter, wanted[name]), name
 
-    plain = opened(tiny_llama)
-    tensors = ModuleTensors(ShardedCheckpoint(tiny_llama), module_names(tiny_llama, plain))
-    merge = again.open_merge(tmp_path, tensors)
+    merged = merged_into_the_original(again, tmp_path, tiny_llama)
+    torch.testing.assert_close(logits(merged), after, rtol=1e-4, atol=2e-5)
+
+
+def merged_into_the_original(strategy: Strategy, adapter: Path, base: Path) -> nn.Module:
+    plain = opened(base)
+    tensors = ModuleTensors(ShardedCheckpoint(base), module_names(base, plain))
+    merge = strategy.open_merge(adapter, tensors)
     with torch.no_grad():
         for name, value in plain.state_dict().items():
             if name in tensors.names():
                 value.copy_(merge.edit(name, value.clone()))
-    torch.testing.assert_close(logits(plain), after, rtol=1e-4, atol=2e-5)
+    return plain
+
+
+SOME = "model.layers.1.mlp.down_proj.weight"
+
+
+def update_of(model: nn.Module) -> torch.Tensor:
+    layer = dict(lora_layers(model))[SOME.removesuffix(".weight")]
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    return layer.scaling["default"] * up @ down
+
+
+LOFTQ: dict[str, dict[str, Any]] = {
+    "loftq": {},
+    "loftq-rs": {"rank_stabilised": True, "rank_pattern": {"q_proj": 2}},
+    "loftq-dora": {"dora": True},
+    "loftq-int8": {},
+}
+
+
+@pytest.mark.parametrize("variant", LOFTQ)
+def test_loftq_fits_the_original_and_the_quantized_base(
+    variant: str, tiny_llama: Path, tmp_path: Path
+):
+    from peft import PeftModel
+
+    held = "int8" if variant == "loftq-int8" else "nf4"
+    strategy = LoRA(rank=4, initialisation="loftq", **LOFTQ[variant])
+    model = attached(strategy, tiny_llama, quantize=held)
+    untrained, trained, copied = (tmp_path / name for name in ("untrained", "trained", "copied"))
+    for folder in (untrained, trained, copied):
+        folder.mkdir()
+    strategy.save(model, untrained)
+    before = logits(opened(tiny_llama))
+    merged = merged_into_the_original(strategy, untrained, tiny_llama)
+    torch.testing.assert_close(logits(merged), before, rtol=1e-5, atol=1e-6)
+
+    train(model)
+    after = logits(model)
+    strategy.save(model, trained)
+    again = strategy_from_folder(trained)
+    other = again.attach(opened(tiny_llama, quantize=held), Context())
+    again.load(other, trained)
+    assert torch.equal(logits(other), after)
+    again.save(other, copied)
+    for file in ("adapter_model.safetensors", FIRST_FILE):
+        assert (copied / file).read_bytes() == (trained / file).read_bytes()
+
+    resumed = attached(strategy, tiny_llama, quantize=held)
+    strategy.load(resumed, trained)
+    assert torch.equal(logits(resumed), after)
+
+    with_peft = PeftModel.from_pretrained(opened(tiny_llama, quantize=held), str(trained))
+    assert torch.equal(logits(with_peft), after)
+
+    original = again.attach(opened(tiny_llama), Context())
+    again.load(original, trained)
+    again.load(original, trained)  # a second time changes nothing
+    merged = merged_into_the_original(again, trained, tiny_llama)
+    torch.testing.assert_close(logits(merged), logits(original), rtol=1e-4, atol=2e-5)
+    learned = update_of(model) - update_of(attached(strategy, tiny_llama, quantize=held))
+    if variant != "loftq-dora":  # its rows are stretched as well
+        change = merged.get_parameter(SOME) - opened(tiny_llama).get_parameter(SOME)
+        torch.testing.assert_close(change, learned, rtol=1e-2, atol=3e-8)
+    assert learned.norm() > 1e-5
+
+
+def test_a_loftq_folder_without_its_beginning_is_refused(tiny_llama: Path, tmp_path: Path):
+    strategy = LoRA(rank=4, initialisation="loftq")
+    model = attached(strategy, tiny_llama, quantize="nf4")
+    strategy.save(model, tmp_path)
+    first = load_file(tmp_path / FIRST_FILE)
+    save_file({name: tensor[:2].contiguous() for name, tensor in first.items()},
+              tmp_path / FIRST_FILE)  # fmt: skip
+    with pytest.raises(AdapterError, match="another adapter"):
+        merged_into_the_original(strategy, tmp_path, tiny_llama)
+    (tmp_path / FIRST_FILE).unlink()
+    with pytest.raises(AdapterError, match="what it began with is missing"):
+        merged_into_the_original(strategy, tmp_path, tiny_llama)
+
+
+def test_a_loftq_folder_of_pefts_is_refused(tiny_llama: Path, tmp_path: Path):
+    LoRA(rank=4).save(attached(LoRA(rank=4), tiny_llama), tmp_path)
+    change_config(tmp_path, {"init_lora_weights": "loftq", "loftq_config": FIRST_MARK})
+    with pytest.raises(AdapterError, match="does not save what LoftQ began with"):
+        strategy_from_folder(tmp_path)
 
 
 @pytest.mark.parametrize("variant", SAME_IN_PEFT)
@@ -218,3 +311,4 @@ def test_a_recipe_gives_a_start_what_it_needs(start: str, tiny_llama: Path, tmp_
     }))  # fmt: skip
     again = qft.open_any(str(run.folder), dtype=torch.float32, device="cpu")
     torch.testing.assert_close(logits(again.model), logits(run.model), rtol=1e-4, atol=2e-5)
+    assert qft.merge(run.folder, tmp_path / "merged", verify=True)["verification"]["passed"]
