@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapters.eva_start import require_tokens, start_eva
 from adapters.peft_backed import read_tensors
 from qft.errors import AdapterError, RecipeError
 from qft.strategy import Context
@@ -53,13 +54,13 @@ def finish_start(start: Start, model: nn.Module, context: Context) -> None:
     Raises:
         RecipeError: the start needs data or weights that are not given.
     """
+    if start == "eva":
+        _start_eva(model, context)
     if next(model.parameters()).is_meta:
         return
     if start in CHANGES_BASE:
         for _, layer in lora_layers(model):
             _remember_first(layer)
-    elif start == "eva":
-        _start_eva(model, context)
     elif start == "loftq":
         _start_loftq(model, context)
 
@@ -152,21 +153,20 @@ def trained_half(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 
 def _start_eva(model: nn.Module, context: Context) -> None:
-    """The directions in which each layer's inputs vary most (Paischer et al. 2024)."""
-    from peft import initialize_lora_eva_weights
-
+    layers = dict(lora_layers(model))
+    meta = next(model.parameters()).is_meta
     if not context.calibration:
+        if meta:
+            return
         raise RecipeError(
             "EVA starts from the data, and none is given.",
             where="strategy.initialisation",
             fix="train from a recipe, or pass Context(calibration=…) to prepare",
         )
-    device = next(model.parameters()).device
-    batches = [{k: v.to(device) for k, v in batch.items()} for batch in context.calibration]
-    training = model.training
-    model.eval()
-    initialize_lora_eva_weights(model, batches, show_progress_bar=False)
-    model.train(training)
+    require_tokens(context.calibration, next(iter(layers.values())).r["default"])
+    if not meta:
+        named = {f"base_model.model.{name}": layer for name, layer in layers.items()}
+        start_eva(model, named, context.calibration)
 
 
 def _start_loftq(model: nn.Module, context: Context) -> None:
