@@ -22,7 +22,8 @@ class Stack(Strategy):
     name: ClassVar[str] = "stack"
 
     of: tuple[Strategy, ...] = Field(
-        (), description="the parts, each as a strategy's entry: [{name: prefix}, {name: lora}]"
+        min_length=1,
+        description="the parts, each as a strategy's entry: [{name: prefix}, {name: lora}]",
     )
 
     @model_validator(mode="after")

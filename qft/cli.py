@@ -462,8 +462,11 @@ def _show_strategies(rows: list[dict[str, Any]]) -> None:
         print(f"{row['name']}: {row['summary']}")
         if "paper" not in row:
             continue
-        mergeable = "yes" if row["mergeable"] else f"no ({row['instead_of_merging']})"
-        print(f"  tasks: {', '.join(row['tasks'])}; mergeable: {mergeable}")
+        if "depends_on" in row:
+            print(f"  tasks, mergeable, trains: as {', '.join(row['depends_on'])} says")
+        else:
+            mergeable = "yes" if row["mergeable"] else f"no ({row['instead_of_merging']})"
+            print(f"  tasks: {', '.join(row['tasks'])}; mergeable: {mergeable}")
         if row["paper"]:
             print(f"  paper: {row['paper']}")
         if "trained_share" in row:

@@ -61,7 +61,7 @@ class _Wrapper:
 def _strategy_schema(name: str) -> dict[str, Any]:
     schema = strategy_class(name).model_json_schema()
     schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
-    schema["required"] = ["name"]
+    schema["required"] = ["name", *schema.get("required", [])]
     schema.pop("$defs", None)  # only a stack has any: the strategies themselves
     return schema
 

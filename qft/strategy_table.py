@@ -25,7 +25,8 @@ def strategy_table(model: str | None = None, task: str | None = None) -> list[di
     rows = [_facts(name) for name in names if name in BUILT_IN]
     if model is not None:
         for row in rows:
-            row |= _share(strategy_class(row["name"])(), model, task)
+            if not row.get("depends_on"):
+                row |= _share(strategy_class(row["name"])(), model, task)
     others: list[dict[str, Any]] = [{"name": n, "summary": "(another package's)"}
                                     for n in names if n not in BUILT_IN]  # fmt: skip
     return [*rows, *others]
@@ -33,14 +34,14 @@ def strategy_table(model: str | None = None, task: str | None = None) -> list[di
 
 def _facts(name: str) -> dict[str, Any]:
     cls = strategy_class(name)
-    strategy = cls()
+    required = [key for key, field in cls.model_fields.items() if field.is_required()]
+    # a stack is nothing without its parts: what it can follows from theirs
+    facts = {"depends_on": required} if required else _default_facts(cls())
     return {
         "name": name,
         "summary": (cls.__doc__ or "").strip().splitlines()[0],
         "paper": cls.paper,
-        "mergeable": strategy.mergeable,
-        **({} if strategy.mergeable else {"instead_of_merging": strategy.advice}),
-        "tasks": sorted(strategy.tasks),
+        **facts,
         "settings": {
             key: {"default": _default(field), "description": field.description}
             for key, field in cls.model_fields.items()
@@ -48,8 +49,16 @@ def _facts(name: str) -> dict[str, Any]:
     }
 
 
+def _default_facts(strategy: Strategy) -> dict[str, Any]:
+    return {
+        "mergeable": strategy.mergeable,
+        **({} if strategy.mergeable else {"instead_of_merging": strategy.advice}),
+        "tasks": sorted(strategy.tasks),
+    }
+
+
 def _default(field: Any) -> Any:
-    return field.get_default(call_default_factory=True)
+    return None if field.is_required() else field.get_default(call_default_factory=True)
 
 
 def _share(strategy: Strategy, source: str, task: str | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import qft
 from adapters.bitfit import BitFit
@@ -18,8 +19,10 @@ from adapters.ia3 import IA3
 from adapters.lora import LoRA
 from adapters.prefix import Prefix
 from adapters.stack import Stack, StackMerge
+from qft.cli import app
 from qft.errors import AdapterError, RecipeError
 from qft.merging.merge import open_source, write_model
+from qft.recipe_reference import json_schema
 from qft.registry import build_strategy, settings_of, strategy_from_folder
 from qft.strategy import Context
 from qft.strategy_table import strategy_table
@@ -190,6 +193,21 @@ def test_settings_go_round_and_wrong_ones_are_named():
         build_strategy({"name": "stack", "of": ["lora", "ia3"]})
     with pytest.raises(RecipeError, match="named twice"):
         build_strategy({"name": "stack", "of": ["lora", "lora"]})
+
+
+def test_a_stack_without_parts_is_refused(tiny_llama: Path):
+    for entry in ({"name": "stack"}, {"name": "stack", "of": []}):
+        with pytest.raises(RecipeError, match=r"  of: "):
+            build_strategy(entry)
+    schema = json_schema()["properties"]["strategy"]["anyOf"]
+    stack = next(s for s in schema if s["properties"]["name"]["const"] == "stack")
+    assert stack["required"] == ["name", "of"]
+    row = next(row for row in strategy_table(str(tiny_llama)) if row["name"] == "stack")
+    assert row["depends_on"] == ["of"]
+    assert not {"trained_share", "mergeable", "tasks"} & set(row)
+    shown = CliRunner().invoke(app, ["strategies", str(tiny_llama)])
+    assert shown.exit_code == 0, shown.output
+    assert "as of says" in shown.output
 
 
 def test_facts_of_the_whole_come_from_the_parts():
