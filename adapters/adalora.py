@@ -71,12 +71,15 @@ class AdaLoRA(PeftStrategy):
 
         steps = context.total_steps or _UNTOLD_STEPS
         first, last = round(self.warmup * steps), round(self.settled * steps)
-        if first >= steps - last:
+        # the last decision goes by scores, which a step before it must have given
+        if steps - last < max(first + 1, 2):
             raise RecipeError(
                 "The training is too short to take ranks away.",
                 where="strategy: adalora",
-                found=f"{steps} steps",
-                fix="more epochs, or {name: lora}",
+                found=f"{steps} step{'s' * (steps != 1)}, ranks are taken from step {first} to "
+                f"step {steps - last}",
+                fix="more epochs or a smaller batch_size, smaller warmup and settled, or "
+                "{name: lora}",
             )
         return AdaLoraConfig(
             init_r=self.initial_rank,

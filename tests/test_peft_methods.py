@@ -167,6 +167,22 @@ def test_adalora_takes_ranks_as_peft_does_and_goes_on_where_it_was(
     assert emptied == 2 * 14 * 2  # half of the ranks, in both
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_adalora_refuses_trainings_too_short_to_score_a_rank(steps: int, tiny_llama: Path):
+    strategy, context = AdaLoRA(), Context(total_steps=steps)
+    if steps < 3:
+        with pytest.raises(RecipeError, match="too short to take ranks away"):
+            strategy.attach(opened(tiny_llama, "tiny_llama"), context)
+        return
+    model = prepare(opened(tiny_llama, "tiny_llama"), strategy, context=context)
+    for step in range(1, steps + 1):
+        model.zero_grad()
+        model(**batch("tiny_llama")).loss.backward()
+        strategy.after_step(model, step)
+    kept = sum(sum(ranks) for ranks in model.peft_config["default"].rank_pattern.values())
+    assert kept == 8 * len(model.peft_config["default"].rank_pattern)
+
+
 def test_adalora_needs_steps_to_take_ranks_in(tiny_llama: Path):
     with pytest.raises(RecipeError, match="too short"):
         AdaLoRA(settled=0.85).attach(opened(tiny_llama, "tiny_llama"), Context(total_steps=1))
