@@ -470,7 +470,8 @@ def _show_strategies(rows: list[dict[str, Any]]) -> None:
         if row["paper"]:
             print(f"  paper: {row['paper']}")
         if "trained_share" in row:
-            print(f"  trains: {row['trained_parameters']:,} parameters, {row['trained_share']:.3%}")
+            share = f"{row['trained_parameters']:,} parameters, {row['trained_share']:.3%}"
+            print(f"  trains for {row['task']}: {share}")
         if "refused" in row:
             print(f"  refused here: {row['refused']}")
         for key, field in row["settings"].items():

@@ -222,6 +222,18 @@ def task_of(config: Mapping[str, Any]) -> str:
     return "seq2seq" if config.get("is_encoder_decoder") else "text"
 
 
+def task_to_train(config: Mapping[str, Any]) -> str:
+    """What a model is most likely trained for: an encoder that does not say so, to classify."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
+
+    task = task_of(config)
+    named = str((config.get("architectures") or [""])[0])
+    writes = config.get("is_decoder") or named.endswith(("ForCausalLM", "LMHeadModel"))
+    said = config.get(TASK_KEY) == task
+    encoder = config.get("model_type") in MASKED and not writes and not said
+    return "classify" if task == "text" and encoder else task
+
+
 def labels_in(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str]:
     """The classes or tags a config.json names, in order, and what a label is."""
     kinds = {problem: kind for kind, problem in _PROBLEMS.items()}

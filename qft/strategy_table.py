@@ -16,7 +16,7 @@ def strategy_table(model: str | None = None, task: str | None = None) -> list[di
 
     Args:
         model: folder or hub id to count on, with each strategy's default settings.
-        task: what the model is to do; else what it was made for.
+        task: what the model is to do; else what it was made for (an encoder: to classify).
 
     Raises:
         ModelError: the model cannot be opened.
@@ -66,7 +66,7 @@ def _share(strategy: Strategy, source: str, task: str | None) -> dict[str, Any]:
     from qft import models
 
     folder = models.resolve_folder(source)
-    task = task or models.task_of(models.read_config(folder))
+    task = task or models.task_to_train(models.read_config(folder))
     if task not in strategy.tasks:
         return {"refused": f"not for the task {task}"}
     labels = ("no", "yes") if task in ("classify", "token") else None
@@ -77,4 +77,4 @@ def _share(strategy: Strategy, source: str, task: str | None) -> dict[str, Any]:
     except RecipeError as error:
         return {"refused": error.what}
     trained = sum(p.numel() for p in attached.parameters() if p.requires_grad)
-    return {"trained_parameters": trained, "trained_share": trained / whole}
+    return {"task": task, "trained_parameters": trained, "trained_share": trained / whole}

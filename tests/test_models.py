@@ -33,6 +33,24 @@ def test_missing_folder_names_what_is_there(tiny_llama: Path) -> None:
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("config", "task"),
+    [
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "classify"),
+        ({"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"]}, "classify"),
+        ({"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True}, "text"),
+        ({"model_type": "llama", "architectures": ["LlamaModel"]}, "text"),
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "text"),
+        ({"model_type": "bart", "architectures": ["BartModel"], "is_encoder_decoder": True},
+         "seq2seq"),
+        ({"model_type": "bert", "architectures": ["BertForTokenClassification"]}, "token"),
+        ({"model_type": "bert", models.TASK_KEY: "text"}, "text"),
+    ],
+)  # fmt: skip
+def test_what_a_model_is_likely_trained_for(config: dict[str, object], task: str) -> None:
+    assert models.task_to_train(config) == task
+
+
 def test_no_config(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json is missing"):
         models.check_folder(tmp_path)

@@ -195,6 +195,15 @@ def test_settings_go_round_and_wrong_ones_are_named():
         build_strategy({"name": "stack", "of": ["lora", "lora"]})
 
 
+def test_the_table_takes_an_encoder_for_a_classifier(tiny_bert: Path, tiny_t5: Path):
+    table = {row["name"]: row for row in strategy_table(str(tiny_bert))}
+    assert table["head"]["trained_parameters"] == 2 * 64 + 2
+    assert "refused" not in table["lora"]
+    assert {row["task"] for row in table.values() if "task" in row} == {"classify"}
+    table = {row["name"]: row for row in strategy_table(str(tiny_t5))}
+    assert "seq2seq" in table["head"]["refused"]
+
+
 def test_a_stack_without_parts_is_refused(tiny_llama: Path):
     for entry in ({"name": "stack"}, {"name": "stack", "of": []}):
         with pytest.raises(RecipeError, match=r"  of: "):
