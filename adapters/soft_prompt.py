@@ -84,6 +84,7 @@ class Prompt(SoftPrompt):
 
         random = self.init == "random" or next(model.parameters()).is_meta
         return PromptTuningConfig(
+            **_sizes(model),
             task_type=peft_task_type(model),
             num_virtual_tokens=self.length,
             num_transformer_submodules=2 if self.both_sides and _has_decoder(model) else 1,
@@ -138,6 +139,7 @@ class PTuning(SoftPrompt):
         from peft import PromptEncoderConfig
 
         return PromptEncoderConfig(
+            **_sizes(model),
             task_type=peft_task_type(model),
             num_virtual_tokens=self.length,
             num_transformer_submodules=1,
@@ -153,6 +155,19 @@ class PTuning(SoftPrompt):
 
 def _encoder(model: Any) -> Any:
     return model.prompt_encoder["default"]
+
+
+def _sizes(model: Any) -> dict[str, int]:
+    """What PEFT would look for in the config, by names that not every family gives it.
+
+    A prompt is as wide as the embeddings, which ALBERT and ELECTRA widen only behind them.
+    """
+    named = {
+        "num_layers": getattr(model.config, "num_hidden_layers", None),
+        "num_attention_heads": getattr(model.config, "num_attention_heads", None),
+        "token_dim": model.get_input_embeddings().weight.shape[1],
+    }
+    return {key: size for key, size in named.items() if isinstance(size, int)}
 
 
 def _has_decoder(model: Any) -> bool:

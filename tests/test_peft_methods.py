@@ -167,6 +167,55 @@ def test_adalora_takes_ranks_as_peft_does_and_goes_on_where_it_was(
     assert emptied == 2 * 14 * 2  # half of the ranks, in both
 
 
+def narrow_or_oddly_named(family: str, folder: Path) -> Path:
+    """A two-layer encoder whose embeddings are narrower, or whose config has names of its own."""
+    import transformers
+
+    sizes = {"vocab_size": 260, "pad_token_id": 0, "max_position_embeddings": 64}
+    usual = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "embedding_size": 32}  # fmt: skip
+    made: Any
+    match family:
+        case "albert":
+            made = transformers.AlbertModel(transformers.AlbertConfig(**sizes, **usual))
+        case "electra":
+            made = transformers.ElectraModel(transformers.ElectraConfig(**sizes, **usual))
+        case _:
+            own = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}
+            made = transformers.DistilBertModel(transformers.DistilBertConfig(**sizes, **own))
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", [Prompt(length=3), PTuning(length=3, hidden=16)],
+                         ids=["prompt", "p-tuning"])  # fmt: skip
+@pytest.mark.parametrize("family", ["albert", "electra", "distilbert"])
+def test_a_prompt_is_as_wide_as_the_embeddings(family: str, strategy: Strategy, tmp_path: Path):
+    base = narrow_or_oddly_named(family, tmp_path / "base")
+    model = prepare(opened(base, "tiny_bert"), strategy, context=Context(task="classify"))
+    inputs = batch("tiny_bert")
+    model(**inputs).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in trained(model).values())
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(0.1)
+    saved = tmp_path / "adapter"
+    saved.mkdir()
+    strategy.save(model, saved)
+    again = strategy_from_folder(saved)
+    other = again.attach(opened(base, "tiny_bert"), Context())
+    again.load(other, saved)
+    torch.testing.assert_close(other.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_ia3_on_a_family_whose_names_tell_nothing(tmp_path: Path):
+    base = narrow_or_oddly_named("albert", tmp_path)
+    with pytest.raises(RecipeError, match="cannot be told by this family's names"):
+        IA3().attach(opened(base, "tiny_bert"), Context())
+    named = IA3(targets=("key", "value", "ffn_output"), feedforward=("ffn_output",))
+    assert trained(named.attach(opened(base, "tiny_bert"), Context()))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_adalora_refuses_trainings_too_short_to_score_a_rank(steps: int, tiny_llama: Path):
     strategy, context = AdaLoRA(), Context(total_steps=steps)
