@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from adapters.lora_start import (
     CALIBRATION_BATCHES,
@@ -92,6 +92,13 @@ class LoRA(PeftStrategy):
                 raise ValueError(f"not a regular expression: {error}") from None
         return targets
 
+    @model_validator(mode="after")
+    def _can_begin(self) -> Self:
+        ranks = [self.rank, *self.rank_pattern.values()]
+        if self.initialisation == "orthogonal" and any(rank % 2 for rank in ranks):
+            raise ValueError("orthogonal halves the rank between A and B: it must be even")
+        return self
+
     @property
     def mergeable(self) -> bool:
         """Always: the update is a matrix of the weight's own shape."""
@@ -116,7 +123,7 @@ class LoRA(PeftStrategy):
         from peft import EvaConfig, LoraConfig
 
         alpha: Any = 2 * self.rank if self.alpha is None else self.alpha
-        start = peft_start(self.initialisation, model)
+        start = peft_start(self.initialisation, model, context.quantized)
         return LoraConfig(
             r=self.rank,
             lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,

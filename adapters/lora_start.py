@@ -24,28 +24,31 @@ FIRST_FILE = "first_update.safetensors"
 FIRST_MARK = {"loftq_bits": 4, "loftq_iter": 1}  # PEFT's loftq_config: the file must be there
 
 
-def peft_start(start: Start, model: nn.Module) -> bool | str:
+def peft_start(start: Start, model: nn.Module, quantized: bool | None) -> bool | str:
     """PEFT's ``init_lora_weights``; on a meta skeleton nothing is computed.
 
+    Args:
+        quantized: what the run says of the base, which a skeleton cannot tell.
+
     Raises:
-        RecipeError: the base is quantized and the start needs its weights.
+        RecipeError: the base is quantized and the start needs its weights, or the other way round.
     """
-    if next(model.parameters()).is_meta:
-        return True
-    quantized = any(_is_quantized(module) for module in model.modules())
+    meta = next(model.parameters()).is_meta
+    if not meta:
+        quantized = any(_is_quantized(module) for module in model.modules())
     if start in _NEEDS_WEIGHT and quantized:
         raise RecipeError(
             f"The start {start!r} needs weights that are not quantized.",
             where="strategy.initialisation",
             fix="initialisation: loftq or eva, or quantize: none",
         )
-    if start == "loftq" and not quantized:
+    if start == "loftq" and quantized is False:
         raise RecipeError(
             "LoftQ starts from the error of a quantization, and the base is not quantized.",
             where="strategy.initialisation",
             fix="quantize: nf4, or initialisation: pissa",
         )
-    return {"default": True, "loftq": True}.get(start, start)
+    return True if meta else {"default": True, "loftq": True}.get(start, start)
 
 
 def finish_start(start: Start, model: nn.Module, context: Context) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
-from qft import models
 from qft.data.preflight import counts, shown_example
 from qft.errors import printable
 from qft.files import free_disk_bytes
-from qft.inputs import Inputs, open_inputs, require_positions, spec_of
+from qft.inputs import Inputs, open_inputs
 from qft.progress import QUIET, Reporter, human_bytes
+from qft.readiness import make_ready
 from qft.recipe import Recipe
-from qft.strategy import Context
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -47,21 +44,14 @@ def check(recipe: Recipe, *, reporter: Reporter = QUIET) -> dict[str, Any]:
 
 
 def _model_facts(recipe: Recipe, inputs: Inputs) -> dict[str, Any]:
-    spec = spec_of(recipe, inputs.train)
-    skeleton = models.open_skeleton(inputs.base, spec)
-    held = models.held_as(models.read_config(inputs.base), recipe.quantize)
-    facts = {
-        "class": type(skeleton).__name__,
-        "parameters": _count(skeleton, trained=False),
-        "base": held if held != "none" else str(spec.dtype).removeprefix("torch."),
+    ready = make_ready(recipe, inputs)
+    dtype = str(ready.spec.dtype).removeprefix("torch.")
+    return {
+        "class": type(ready.skeleton).__name__,
+        "parameters": sum(p.numel() for p in ready.skeleton.parameters()),
+        "base": ready.held if ready.held != "none" else dtype,
+        "trained_parameters": ready.trained_parameters,
     }
-    require_positions(recipe, inputs.base, recipe.strategy.needs(skeleton).extra_positions)
-    attached = recipe.strategy.attach(skeleton, Context(task=recipe.task, total_steps=100))
-    return {**facts, "trained_parameters": _count(attached, trained=True)}
-
-
-def _count(model: nn.Module, *, trained: bool) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _existing(path: Path) -> Path:

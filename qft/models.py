@@ -347,28 +347,10 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     dtype = spec.dtype or chosen.dtype
     config = open_config(folder, spec)
     stored = getattr(config, "quantization_config", None)
+    kept = unquantized_in(folder, spec, keep)
     settings = None
     if stored is None:
-        skeleton = open_skeleton(folder, spec)
-        transposed = any(type(module).__name__ == "Conv1D" for module in skeleton.modules())
-        if spec.quantize != "none" and transposed:
-            raise RecipeError(
-                "This family stores its weights transposed and cannot be quantized yet.",
-                where="quantize",
-                found=type(skeleton).__name__,
-                fix="quantize: none",
-            )
-        kept = quantization.unquantized_modules(skeleton, keep)
-        if spec.quantize != "none":
-            quantization.require_something_left(skeleton, kept)
         settings = quantization.loading_config(spec.quantize, dtype, kept)
-    elif spec.quantize not in ("none", stored_kind(stored)):
-        raise RecipeError(
-            "The model is stored quantized in another way than the recipe asks for.",
-            where="quantize",
-            found=f"stored {stored_kind(stored)}, asked {spec.quantize}",
-            fix=f"quantize: {stored_kind(stored)}, or name the original model",
-        )
     else:
         _keep_new_heads(folder, spec, stored)
     model: nn.Module
@@ -400,6 +382,39 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     model.name_or_path = spec.source  # type: ignore[assignment]
     model.eval()
     return model
+
+
+def unquantized_in(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> list[str]:
+    """Names of the modules that stay in full precision where loading quantizes; else none.
+
+    Args:
+        keep: as for :func:`open_model`.
+
+    Raises:
+        RecipeError: the model cannot be held as asked.
+    """
+    stored = read_config(folder).get("quantization_config")
+    if stored and spec.quantize not in ("none", stored_kind(stored)):
+        raise RecipeError(
+            "The model is stored quantized in another way than the recipe asks for.",
+            where="quantize",
+            found=f"stored {stored_kind(stored)}, asked {spec.quantize}",
+            fix=f"quantize: {stored_kind(stored)}, or name the original model",
+        )
+    if stored or spec.quantize == "none":
+        return []
+    quantization.require_bitsandbytes()
+    skeleton = open_skeleton(folder, spec)
+    if any(type(module).__name__ == "Conv1D" for module in skeleton.modules()):
+        raise RecipeError(
+            "This family stores its weights transposed and cannot be quantized yet.",
+            where="quantize",
+            found=type(skeleton).__name__,
+            fix="quantize: none",
+        )
+    kept = quantization.unquantized_modules(skeleton, keep)
+    quantization.require_something_left(skeleton, kept)
+    return kept
 
 
 def _require_loaded(model: nn.Module, missing: Sequence[str], folder: Path) -> None:

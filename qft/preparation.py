@@ -62,12 +62,7 @@ def prepare(
     context = context or Context()
     quantization.guard_cpu_kernels(model)
     attached = strategy.attach(model, context)
-    if not any(p.requires_grad for p in attached.parameters()):
-        raise RecipeError(
-            "Nothing would train: the strategy matches no parameter of this model.",
-            where=f"strategy: {strategy.name}",
-            found=type(model).__name__,
-        )
+    require_trained(attached, strategy)
     recompute = checkpointing != "none" and _enable_checkpointing(attached)
     clock = DropoutClock(context.seed)
     install_dropout(attached, clock)
@@ -75,6 +70,20 @@ def prepare(
     setattr(attached, _ATTRIBUTE, Prepared(strategy, clock, recompute, notes))
     attached.train()
     return attached
+
+
+def require_trained(model: nn.Module, strategy: Strategy) -> None:
+    """Refuses an attached strategy that has left nothing to train.
+
+    Raises:
+        RecipeError: every parameter is frozen.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError(
+            "Nothing would train: the strategy matches no parameter of this model.",
+            where=f"strategy: {strategy.name}",
+            found=type(_inner(model)).__name__,
+        )
 
 
 def unprepare(model: nn.Module) -> nn.Module:

@@ -40,7 +40,8 @@ class Context:
     task: str = "text"
     total_steps: int | None = None
     seed: int = 0
-    calibration: Sequence[Mapping[str, Tensor]] = ()
+    quantized: bool | None = None  # whether the base's weights are or will be; None is unknown
+    calibration: Sequence[Mapping[str, Tensor]] = ()  # on a meta skeleton: to count, not to run
     original_weight: Callable[[str], Tensor] | None = None  # by parameter name, unquantized
     tokenize: Callable[[str], list[int]] | None = None  # a text's tokens, without special ones
 

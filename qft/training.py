@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,22 @@ from transformers import set_seed
 from qft import hardware, models
 from qft.card import make_card, write_card
 from qft.data.tasks import ExampleSet, pad_id
-from qft.errors import Interrupted, RecipeError
+from qft.errors import Interrupted
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
-from qft.inputs import Inputs, open_inputs, require_positions, require_possible, spec_of
+from qft.inputs import Inputs, open_inputs, require_possible
 from qft.lean.noise import install_noise
-from qft.merging.tensors import ModuleTensors
 from qft.packing_check import require_exact_packing
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
+from qft.readiness import DEFAULT_MICRO_BATCH, make_ready
 from qft.recipe import Recipe
 from qft.registry import settings_of
 from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
-from qft.shards import ShardedCheckpoint
 from qft.step import Layout
-from qft.strategy import Context, Needs
 from qft.task_loss import TaskLoss, balanced_weights
 from qft.trainer import Job, StepTrainer
-
-DEFAULT_MICRO_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -108,75 +103,28 @@ def train(
 
 def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Opened:
     inputs = open_inputs(recipe, reporter)
-    base, training = inputs.base, inputs.train
-    spec = spec_of(recipe, training)
-    skeleton = models.open_skeleton(base, spec)
-    needs = recipe.strategy.needs(skeleton)
-    require_positions(recipe, base, needs.extra_positions)
+    ready = make_ready(recipe, inputs)
+    base, skeleton, held = inputs.base, ready.skeleton, ready.held
     if not recipe.strategy.mergeable:
         reporter.say(f"note: {recipe.strategy.name} cannot be merged; {recipe.strategy.advice}")
-    held = models.held_as(models.read_config(base), recipe.quantize)
     started = time.monotonic()
-    model = models.open_model(base, spec, keep=needs.full_precision)
+    model = models.open_model(base, ready.spec, keep=ready.needs.full_precision)
     reporter.say(
         f"model: {sum(p.numel() for p in skeleton.parameters()) / 1e6:.1f} M parameters, "
         f"{held if held != 'none' else str(chosen.dtype)[6:]}, "
         f"loaded in {time.monotonic() - started:.1f} s"
     )
-    context = _context(recipe, needs, skeleton, inputs)
     model = prepare(
-        model, recipe.strategy, checkpointing=recipe.memory.checkpointing, context=context
+        model, recipe.strategy, checkpointing=recipe.memory.checkpointing, context=ready.context
     )
-    _require_packing(recipe, needs, model, inputs)
+    if recipe.train.packing:
+        require_exact_packing(model, inputs.train.examples, pad_id(inputs.tokenizer))
     if recipe.train.embedding_noise:
         _install_noise(model, recipe.train.embedding_noise)
     _say_trainable(model, reporter)
-    card = _card(recipe, base, training, skeleton, chosen)
+    card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
     return _Opened(model, inputs, card, parameters)
-
-
-def _context(recipe: Recipe, needs: Needs, skeleton: nn.Module, inputs: Inputs) -> Context:
-    """What the strategy asked for: calibration batches, the way to an unquantized weight."""
-    base, training = inputs.base, inputs.train
-    size = min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
-    starts = range(0, needs.calibration_batches * size, size)
-    parts = [training.examples[i : i + size] for i in starts]
-    steps = -(-len(training.examples) // recipe.train.batch_size)
-    total = recipe.train.max_steps or -int(-steps * recipe.train.epochs // 1)
-    original: Callable[[str], torch.Tensor] | None = None
-    if needs.original_weights:
-        if models.held_as(models.read_config(base), "none") != "none":
-            raise RecipeError(
-                f"The strategy {recipe.strategy.name!r} needs the unquantized weights.",
-                where="model",
-                found="a model that is stored quantized",
-                fix="name the original model; `quantize` holds it in 4 or 8 bits",
-            )
-        tensors = ModuleTensors(ShardedCheckpoint(base), models.module_names(base, skeleton))
-        original = tensors.read
-    return Context(
-        task=recipe.task,
-        total_steps=total,
-        seed=recipe.train.seed,
-        calibration=tuple(
-            inputs.task.collate(part, pad_id(inputs.tokenizer)) for part in parts if part
-        ),
-        original_weight=original,
-        tokenize=lambda text: list(inputs.tokenizer(text, add_special_tokens=False)["input_ids"]),
-    )
-
-
-def _require_packing(recipe: Recipe, needs: Needs, model: nn.Module, inputs: Inputs) -> None:
-    if not recipe.train.packing:
-        return
-    if needs.extends_sequence:
-        raise RecipeError(
-            f"The strategy {recipe.strategy.name!r} puts tokens before each row, not each example.",
-            where="train.packing",
-            fix="train.packing: false, or the strategy prefix",
-        )
-    require_exact_packing(model, inputs.train.examples, pad_id(inputs.tokenizer))
 
 
 def _install_noise(model: Any, alpha: float) -> None:
@@ -264,14 +212,6 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
 
 def _loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
     train = recipe.train
-    special = train.label_smoothing > 0 or train.class_weights != "none"
-    if special and training.labels_are != "one":
-        raise RecipeError(
-            "Smoothed labels and class weights are for one class a row.",
-            where="train.label_smoothing, train.class_weights",
-            found=f"labels that are {training.labels_are}",
-            fix="leave them out",
-        )
     weights = None
     if train.class_weights == "balanced" and training.labels is not None:
         weights = balanced_weights(training.examples, len(training.labels))

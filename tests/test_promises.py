@@ -28,13 +28,13 @@ _PLACES = """
     quantization pooling shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
     data.seq2seq data.classify data.extract data.tagging data.packing data.augment
-    data.tasks data.preflight inputs checking
+    data.tasks data.preflight inputs
     preparation task_loss step checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out
     merging.side_files merging.tensors merging.merge
-    training folds
+    readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
     export.formats export.verify opening generation written scoring export.delivery export
     demo.docstrings demo.job
