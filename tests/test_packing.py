@@ -14,6 +14,7 @@ import qft
 from qft.data.examples import Example
 from qft.data.packing import collate_packed, pack
 from qft.data.tasks import TASKS
+from qft.demo.job import BASE
 from qft.errors import RecipeError
 from qft.lean.noise import install_noise
 from qft.models import ModelSpec, open_model
@@ -145,6 +146,23 @@ def test_a_model_that_mixes_packed_examples_is_refused(tiny_llama: Path):
 
     with pytest.raises(RecipeError, match="see one another"):
         require_exact_packing(Blind(model), examples(), 0)
+
+
+def test_rounding_in_bfloat16_is_no_refusal():
+    """Full training holds its weights in float32, and computes in bfloat16 as before."""
+    full = prepare(opened(BASE, dtype=torch.bfloat16), build_strategy(STRATEGIES["full"])).eval()
+    assert next(full.parameters()).dtype == torch.float32
+    tried = examples((24, 24))
+    with torch.no_grad():
+        alone = [full(**shown(collate_packed([[e]], 0))).logits for e in tried]
+        together = full(**shown(collate_packed([tried], 0))).logits
+    wanted = torch.cat(alone, dim=1)
+    assert (together - wanted).abs().max() > 1e-3 * wanted.abs().max()  # else this tests nothing
+    require_exact_packing(full, tried, 0)
+
+
+def shown(batch: dict[str, Tensor]) -> dict[str, Any]:
+    return {"use_cache": False, **{k: v for k, v in batch.items() if k != "labels"}}
 
 
 def job(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
