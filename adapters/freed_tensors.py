@@ -187,7 +187,8 @@ def free(model: nn.Module, names: Sequence[str]) -> None:
 def _compute_as_before(module: Any, names: Sequence[str], dtype: torch.dtype) -> None:
     """The module's ``forward`` sees its parameters in their former type; gradients reach float32.
 
-    An embedding is looked up first and cast then: its table is far larger than what is taken.
+    An embedding is looked up first and cast then: its table is far larger than what is taken. A
+    linear's input is cast: T5 casts it to the type of the weight, which looks like float32 outside.
     """
     from torch import nn
 
@@ -196,6 +197,8 @@ def _compute_as_before(module: Any, names: Sequence[str], dtype: torch.dtype) ->
     def forward(*args: Any, **kwargs: Any) -> Any:
         if isinstance(module, nn.Embedding):
             return plain(*args, **kwargs).to(dtype)
+        if isinstance(module, nn.Linear):
+            args = tuple(a.to(dtype) for a in args)
         held = {name: module._parameters[name] for name in names}
         try:
             for name, parameter in held.items():

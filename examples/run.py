@@ -1,26 +1,31 @@
 """Runs an example recipe from beginning to end: check, train, evaluate, write.
 
     python examples/run.py examples/translation.yaml
+    python examples/run.py examples/translation.yaml strategy=full train.learning_rate=3e-4
     python examples/run.py examples/translation.yaml --smoke
 
-With `--smoke` the model is a small one that needs no network (the demo's Llama, the MiniLM encoder
-of the extra `demo`, a T5 made on the spot) and the rows are made here: it shows in seconds that the
-recipe runs, not what it can learn.
+`key.sub=value` overrides the recipe as `qft train` does; each recipe's first lines say what trains
+the last layer alone, or everything. With `--smoke` the model is a small one that needs no network
+(the demo's Llama, the MiniLM encoder of the extra `demo`, a T5 made on the spot) and the rows are
+made here: it shows in seconds that the recipe runs, not what it can learn.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import qft
 from qft.demo.job import BASE
+from qft.errors import QftError, printable
 from qft.progress import Reporter
 
 COLOURS = ("red", "green", "blue")
+COLOURS_ZH = ("红色", "绿色", "蓝色")
 WRITES = ("instruct", "chat", "seq2seq")
 
 
@@ -50,8 +55,10 @@ def make_t5(folder: Path) -> str:
     return str(folder)
 
 
-def smoke_row(task: str, number: int) -> dict[str, Any]:
+def smoke_row(task: str, number: int, *, chinese: bool = False) -> dict[str, Any]:
     """A row as the task's files have them."""
+    if chinese:
+        return {"instruction": f"{number}号房子的门是什么颜色？", "output": COLOURS_ZH[number % 3]}
     colour = COLOURS[number % 3]
     text = f"the {colour} door of house {number}"
     match task:
@@ -74,17 +81,18 @@ def smoke_row(task: str, number: int) -> dict[str, Any]:
             return {"text": f"{text}. " * 20}
 
 
-def smoke(recipe: qft.Recipe, folder: Path) -> qft.Recipe:
+def smoke(recipe: qft.Recipe, folder: Path, *, chinese: bool = False) -> qft.Recipe:
     """The recipe with a small model, made-up rows and a few steps."""
     values = recipe.to_dict()
-    rows = [smoke_row(recipe.task, number) for number in range(48)]
+    rows = [smoke_row(recipe.task, number, chinese=chinese) for number in range(48)]
     if recipe.data.columns.text == 0:  # the recipe reads a table without a header line
         path = folder / "rows.tsv"
         lines = [f"{row['text']}\t{row['label']}" for row in rows]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     else:
         path = folder / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
     values["model"] = smoke_model(recipe.task, folder)
     values["output"] = str(folder / "run")
     values["data"] |= {"train": str(path), "eval": None, "eval_share": 0.25,
@@ -94,17 +102,13 @@ def smoke(recipe: qft.Recipe, folder: Path) -> qft.Recipe:
     return qft.build_recipe(values)
 
 
-def main() -> None:
-    """Runs the recipe that is named."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--smoke", action="store_true", help="a small model, made-up rows")
-    arguments = parser.parse_args()
+def run(path: Path, overrides: list[str], *, small: bool) -> None:
+    """Checks, trains and evaluates one recipe."""
     reporter = Reporter()
     with tempfile.TemporaryDirectory() as folder:
-        recipe = qft.load_recipe(arguments.recipe)
-        if arguments.smoke:
-            recipe = smoke(recipe, Path(folder))
+        recipe = qft.load_recipe(path, overrides)
+        if small:
+            recipe = smoke(recipe, Path(folder), chinese=path.stem.endswith("_zh"))
         qft.check(recipe, reporter=reporter)
         result = qft.train(recipe, reporter=reporter)
         writes = recipe.task in WRITES
@@ -113,6 +117,22 @@ def main() -> None:
         )
         for name, value in metrics.items():
             print(f"{name}: {value:.4f}")
+
+
+def main() -> None:
+    """Runs the recipe that is named."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--smoke", action="store_true", help="a small model, made-up rows")
+    arguments = parser.parse_intermixed_args()  # the option may stand before the overrides
+    try:
+        run(arguments.recipe, arguments.overrides, small=arguments.smoke)
+    except QftError as error:
+        print(printable(str(error)), file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def spec_of(recipe: Recipe, training: ExampleSet | None = None) -> models.ModelS
         pooling=recipe.pooling,
         quantize=recipe.quantize,
         dtype=chosen.dtype,
+        dropout=recipe.train.dropout,
         device=chosen.device,
         trust=models.Trust(recipe.allow_pickle, recipe.trust_remote_code),
     )

@@ -23,6 +23,7 @@ from qft import hardware, quantization
 from qft.errors import ModelError, RecipeError, first_line
 from qft.files import file_hash
 from qft.lean.model_parts import head_names
+from qft.model_dropout import set_dropout
 from qft.pooling import install_pooling, resolve_pooling
 from qft.shards import ShardedCheckpoint
 
@@ -73,6 +74,7 @@ class ModelSpec:
         quantize: ``none``, ``int8``, ``nf4`` or ``fp4``.
         dtype: of weights and arithmetic; None is what the machine does best.
         device: ``cpu`` or ``cuda``; None likewise.
+        dropout: rate of the model's own dropout layers; None is what its config says.
         trust: what the user allowed.
     """
 
@@ -84,6 +86,7 @@ class ModelSpec:
     quantize: str = "none"
     dtype: torch.dtype | None = None
     device: str | None = None
+    dropout: float | None = None
     trust: Trust = field(default_factory=Trust)
 
 
@@ -275,7 +278,7 @@ def open_config(folder: Path, spec: ModelSpec) -> Any:
     if spec.task == "classify" and (spec.labels or spec.labels_are == "number"):
         changes["problem_type"] = _PROBLEMS[spec.labels_are]
     try:
-        return AutoConfig.from_pretrained(
+        config: Any = AutoConfig.from_pretrained(
             folder, trust_remote_code=spec.trust.remote_code, **changes
         )
     except (ValueError, OSError, KeyError) as error:
@@ -283,6 +286,9 @@ def open_config(folder: Path, spec: ModelSpec) -> Any:
             "transformers does not know this model.", where=folder,
             found=first_line(error),
         ) from error  # fmt: skip
+    if spec.dropout is not None:
+        set_dropout(config, spec.dropout)
+    return config
 
 
 def open_skeleton(folder: Path, spec: ModelSpec) -> nn.Module:

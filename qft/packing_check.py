@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from qft.data.examples import Example
-from qft.data.packing import collate_packed
+from qft.data.packing import Row, collate_packed, one_row
 from qft.errors import RecipeError
 from qft.evaluation import evaluating
+from qft.lean.model_parts import uses_flash_attention
 
 _TOKENS = 24  # of each of the two examples that are tried
 
 
 def require_exact_packing(model: nn.Module, examples: Sequence[Example], pad: int) -> None:
-    """Compares two examples in one row with each of them alone.
+    """Compares two examples in each row of a batch with each of them alone.
 
     Raises:
         RecipeError: the model lets one example see the other (its attention does not go by
@@ -26,17 +27,26 @@ def require_exact_packing(model: nn.Module, examples: Sequence[Example], pad: in
     if len(tried) < 2:
         return
     device = next(model.parameters()).device
+    rows: list[Row] = [tried, tried[::-1]]  # more than one, as in training
+    if uses_flash_attention(model):
+        rows = one_row(rows)
     try:
         with evaluating(model):
-            alone = [_logits(model, collate_packed([[e]], pad), device) for e in tried]
-            together = _logits(model, collate_packed([tried], pad), device)
+            first, second = (_logits(model, collate_packed([[e]], pad), device) for e in tried)
+            together = _logits(model, collate_packed(rows, pad), device)
     except TypeError as error:  # no such argument
         raise _refusal(model, str(error)[:200]) from None
-    wanted = torch.cat(alone, dim=1)
+    wanted = torch.cat([first, second, second, first])
     difference = float((together - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6))
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    if not difference <= tolerance:
+    if not difference <= _tolerance(model):
         raise _refusal(model, f"their logits differ by {difference:.1%} from those alone")
+
+
+def _tolerance(model: nn.Module) -> float:
+    """By the type that the model computes in; weights that train are in float32 all the same."""
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    types.add(getattr(getattr(model, "config", None), "dtype", None) or torch.float32)
+    return 1e-3 if types <= {torch.float32, torch.float64} else 5e-2
 
 
 def _shortened(example: Example) -> Example:
@@ -47,7 +57,7 @@ def _shortened(example: Example) -> Example:
 def _logits(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> Tensor:
     inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
     logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits.float()
+    return logits.float().flatten(0, 1)
 
 
 def _refusal(model: nn.Module, found: str) -> RecipeError:

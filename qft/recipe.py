@@ -171,6 +171,13 @@ class Train(Settings):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each label spread over all choices"
     )
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="of the model's own layers (hidden, attention, classifier) while training; "
+        "else what its config says",
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: rare classes count as much as common ones (classify, token)"
     )

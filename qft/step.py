@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qft.data.packing import Row, collate_packed, pack
+from qft.data.packing import Row, collate_packed, one_row, pack
 from qft.data.seq2seq import target_lengths
 from qft.data.tasks import Example, Task
 from qft.errors import WillNotFitError, first_line
 from qft.lean.dropout import DropoutClock
-from qft.lean.model_parts import is_encoder_decoder
+from qft.lean.model_parts import is_encoder_decoder, uses_flash_attention
 from qft.preparation import prepared
 from qft.strategy import Strategy
 from qft.task_loss import TaskLoss
@@ -140,6 +140,8 @@ def _attempt(
     device = next(model.parameters()).device
     rows = layout.rows(examples)
     parts = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
+    if layout.pack_to is not None and uses_flash_attention(model):
+        parts = [one_row(part) for part in parts]
     batches = [_collate(part, task, pad_token_id, layout) for part in parts]
     items = [loss.items(task, batch) for batch in batches]
     # with a cache, transformers takes positions that begin anew for a continued text

@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from qft import checkpoints
 from qft.data.tasks import Example, Task
 from qft.first_step import FirstStepCheck
+from qft.progress import QUIET, Reporter
 from qft.recipe import Train
 from qft.step import Layout, StepResult, accumulate_gradients
 from qft.strategy import Strategy
@@ -43,6 +44,7 @@ class Job:
         card: what `adapter/qft.json` holds.
         loss: what is minimised, where it is not the model's own loss alone.
         layout: how a step's examples are put into rows.
+        reporter: where notes go.
     """
 
     strategy: Strategy
@@ -56,6 +58,7 @@ class Job:
     card: Mapping[str, Any]
     loss: TaskLoss = field(default_factory=TaskLoss)
     layout: Layout = field(default_factory=Layout)
+    reporter: Reporter = QUIET
 
 
 class StepBatches(Sampler[list[int]]):
@@ -91,7 +94,7 @@ class StepTrainer(Trainer):
         arguments = training_arguments(job, len(self._batches), next(model.parameters()).device)
         own: list[TrainerCallback] = [
             _Epochs(self._batches),
-            FirstStepCheck(model),  # before the strategy may change what trains
+            FirstStepCheck(model, job.reporter),  # before the strategy may change what trains
             _AfterStep(self),
         ]
         if job.settings.early_stopping and job.evaluate:

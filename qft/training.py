@@ -206,6 +206,7 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
             pack_to=recipe.train.max_length if recipe.train.packing else None,
             grouped=recipe.train.group_by_length,
         ),
+        reporter=reporter,
     )
     return StepTrainer(opened.model, job)
 

@@ -66,6 +66,20 @@ def test_a_bfloat16_base_computes_as_before_and_trains_in_float32(
     assert lost > 0  # steps that bfloat16 would have rounded away
 
 
+def test_a_bfloat16_t5_computes_as_before(tiny_t5: Path):
+    """Its code reads a weight's type and casts the input to that."""
+    ids = torch.tensor([[5, 6, 7, 2]])
+    plain = opened(tiny_t5, torch.bfloat16, "seq2seq")
+    for strategy in (Full(), Layers(last=1)):
+        ours = prepare(opened(tiny_t5, torch.bfloat16, "seq2seq"), strategy)
+        ours(input_ids=ids, labels=ids).loss.backward()
+        assert all(p.grad is not None and p.grad.any() for p in ours.parameters()
+                   if p.requires_grad)  # fmt: skip
+        with torch.no_grad():
+            logits = [m.eval()(input_ids=ids, labels=ids).logits for m in (plain, ours)]
+        assert torch.equal(*logits)
+
+
 def test_biases_of_a_quantized_encoder_train(tiny_bert: Path):
     spec = ModelSpec(
         str(tiny_bert), "classify", ("a", "b"), quantize="nf4", dtype=torch.bfloat16, device="cpu"

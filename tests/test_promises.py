@@ -25,7 +25,7 @@ _PLACES = """
     errors files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
     lean.dropout lean.noise lean.model_parts lean.prefix_attention
-    quantization pooling shards shard_writer models adapter_folder strategy_table
+    quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
     data.seq2seq data.classify data.extract data.tagging data.packing data.augment
     data.tasks data.preflight inputs

@@ -2,7 +2,9 @@
 
 Positions begin anew with every example and attention stays within it: transformers builds the
 block-diagonal mask from the positions where no attention mask is given. What fills a row up is a
-block of its own that nothing looks at.
+block of its own that nothing looks at. FlashAttention has no such mask: transformers gives it the
+borders instead, which it reads off the positions of a batch of one row only. So there a micro-batch
+is one long row, and nothing fills it up.
 """
 
 from __future__ import annotations
@@ -37,6 +39,11 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
             rows[place].append(example)
             free[place] -= size
     return rows
+
+
+def one_row(rows: Sequence[Row]) -> list[Row]:
+    """All examples of a micro-batch in one row: what FlashAttention keeps apart."""
+    return [[example for row in rows for example in row]]
 
 
 def collate_packed(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:

@@ -30,6 +30,13 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(inner, "config", None), "is_encoder_decoder", False))
 
 
+def uses_flash_attention(model: nn.Module) -> bool:
+    """Whether its attention is some kind of FlashAttention, which takes no mask of two sides."""
+    inner = getattr(model, "module", model)  # below DDP's wrapper
+    config = getattr(inner, "config", None)
+    return "flash" in (getattr(config, "_attn_implementation", None) or "")
+
+
 def head_names(model: nn.Module) -> list[str]:
     """The task's own modules: what hangs beside the base model and has parameters.
 
