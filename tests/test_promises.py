@@ -30,7 +30,7 @@ _PLACES = """
     data.seq2seq data.classify data.extract data.tagging data.packing data.augment
     data.tasks data.preflight inputs checking
     preparation task_loss step checkpoints run_folder first_step trainer run_watch
-    metrics.answers metrics.entities metrics.texts code_execution
+    metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out
     merging.side_files merging.tensors merging.merge

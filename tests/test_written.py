@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +61,7 @@ def test_code_passes_its_own_tests_or_not():
     assert pass_rate([MBPP, MBPP], [good, bad]) == 0.5
     assert pass_rate([MBPP], [f"Here it is:\n```python\n{good}```\nDone."]) == 1.0
     assert pass_rate([HUMAN, HUMAN], ["    return 2 * x\n", "    return x\n"]) == 0.5
+    assert pass_rate([HUMAN], ["return 2 * x\n"]) == 0.0
     assert pass_rate([MBPP], ["this is no code ("]) == 0.0
     with pytest.raises(DataError, match="no tests"):
         program({"text": "x"}, "pass", 1)
@@ -71,13 +74,16 @@ def test_code_passes_its_own_tests_or_not():
         "import time; time.sleep(60)",
         "x = bytearray(2 * 1024**3)",
         "open('large', 'wb').write(b'0' * (4 * 2**20))",
-        "import os\nfor _ in range(200): os.fork()",
+        # one parent, so that a limit that fails to bind costs 400 sleepers and no more
+        "import os, time\nfor _ in range(400):\n    os.fork() or time.sleep(60)",
         "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=2)",
         "import os; os.kill(OTHER, 9)",
     ],
 )
-def test_code_that_does_harm_fails_within_its_limits(text: str, tmp_path: Path):
+def test_code_that_does_harm_fails_within_its_limits(text: str, monkeypatch: pytest.MonkeyPatch):
     import socket
+
+    monkeypatch.setattr("qft.code_execution.SECONDS", 2)
 
     other = subprocess.Popen(["sleep", "60"])
     try:
@@ -88,6 +94,61 @@ def test_code_that_does_harm_fails_within_its_limits(text: str, tmp_path: Path):
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "import builtins; builtins.exec = builtins.compile = lambda *a, **k: None",
+        'x = """',  # the tests' own quotes must not close it
+        "import os\nos.read = os.write = None\nos._exit(0)",
+    ],
+)
+def test_a_program_that_leaves_before_its_tests_has_not_passed(code: str):
+    assert not passes(code, 'text = """"""\nassert False')
+
+
+def test_a_program_may_replace_what_it_likes():
+    assert passes("import os\nos.read = os.write = os._exit = None", "assert os.read is None")
+    typed = "import dataclasses\n@dataclasses.dataclass\nclass Point:\n    x: 'int' = 1\n"
+    assert passes(typed, "assert Point().x == 1 and __name__ == '__main__'")
+
+
+def commands() -> str:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_text(errors="replace"))
+    return "\n".join(found)
+
+
+def test_what_flees_into_a_session_of_its_own_dies_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qft.code_execution.SECONDS", 1)
+    mark = f"61.{os.getpid()}"
+    code = f"""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    os.fork() or os.execv('/bin/sleep', ['sleep', '{mark}'])
+"""
+    assert "sleep" in os.listdir("/bin")
+    assert not passes(f"{code}\ntime.sleep(60)")
+    assert mark not in commands()
+    assert passes(code)  # and where the program itself ends in time
+    assert mark not in commands()
+
+
+def test_what_is_started_is_counted(monkeypatch: pytest.MonkeyPatch):
+    if not Path("/proc/sys/kernel/ns_last_pid").exists():
+        pytest.skip("this kernel does not tell the last process's number")
+    # one after the other: the limit on those at once cannot be what stops them
+    code = "import os\nfor _ in range({}):\n    os.fork() or os._exit(0)\n    os.wait()"
+    monkeypatch.setattr("qft.code_execution._STARTED", 50)
+    assert passes(code.format(20))
+    assert not passes(code.format(2000))
 
 
 def test_nothing_is_left_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -140,6 +201,21 @@ def test_code_is_run_only_when_asked(run: Path):
     assert asked["pass_at_1"] == 0.0  # "aa" is no defined name
     with pytest.raises(RecipeError, match="are written"):
         qft.evaluate(str(run), execute_code=True)
+
+
+def test_code_is_run_as_it_was_written(monkeypatch: pytest.MonkeyPatch):
+    from torch import nn
+
+    from qft import written
+    from qft.data.examples import Example, Written
+
+    texts = ["    return 2 * x\n", "return 2 * x\n"]
+    monkeypatch.setattr(written, "generate", lambda *_, **__: texts)
+    asked = [Example(i, {}, truth=Written("p", "    return 2 * x", HUMAN)) for i in range(2)]
+    scores, rows = written.write_and_score(nn.Identity(), None, asked, execute_code=True)
+    assert scores["pass_at_1"] == 0.5
+    assert scores["exact_match"] == 1.0
+    assert rows[0]["prediction"] == "return 2 * x"
 
 
 def test_a_task_without_answers_has_nothing_to_write(
