@@ -89,6 +89,13 @@ def test_held_out_rows_that_are_trained_on():
     assert "1 of 1 held-out examples" in notes[0]
 
 
+def test_tags_without_names_get_a_hint():
+    rows = examples(([5, 6], [0, 1])).examples
+    for labels, hints in ((("0", "1"), 1), (("O", "B-X"), 0)):
+        notes = preflight("token", ExampleSet(rows, labels), None, TOKENIZER, Data(train="x"))
+        assert sum("data.labels" in note for note in notes) == hints
+
+
 def test_all_problems_at_once():
     error = refusal(examples(([BOS, BOS, 7], [-100, -100, 7])))
     assert "2 problems" in error.what

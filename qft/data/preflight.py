@@ -51,6 +51,9 @@ def preflight(
             problems += _never_ended(name, labelled, task_name, tokenizer)
     repeated, notes = _repeated(training, held_out, data)
     problems += repeated
+    if task_name == "token" and training.labels and all(map(str.isdigit, training.labels)):
+        notes.append("the tags are numbers: entities are scored only where data.labels names them "
+                     "in order (O, B-PER, I-PER, …)")  # fmt: skip
     if len(problems) == 1:
         raise problems[0]
     if problems:
