@@ -80,6 +80,14 @@ def test_completions_cut_off():
     assert preflight("chat", mixed, None, TOKENIZER, Data(train="x", max_cut_share=0.5)) == []
 
 
+def test_completions_cut_off_entirely_count_too():
+    whole = examples(*[GOOD] * 9)
+    assert "1 of 10 examples, 1 of them" in refusal(ExampleSet(whole.examples, lost=1),
+                                                    max_cut_share=0.05).found  # fmt: skip
+    assert preflight("chat", ExampleSet(whole.examples, lost=1), None, TOKENIZER,
+                     Data(train="x")) == []  # fmt: skip
+
+
 def test_held_out_rows_that_are_trained_on():
     error = refusal(examples(GOOD), examples(GOOD))
     assert "not held out" in error.what
@@ -159,6 +167,25 @@ def test_check_and_train_refuse_alike_with_exit_code_4(tiny_llama, tmp_path):
         assert result.exception.exit_code == 4
         assert "not held out" in result.exception.what
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["instruct", "token"])
+def test_too_many_cut_rows_are_refused(task, tiny_llama, tiny_bert, tmp_path):
+    if task == "instruct":
+        rows = [{"prompt": "why " * (40 if i else 1), "output": "so"} for i in range(10)]
+        wanted = "9 of 10 examples, 9 of them entirely"
+    else:  # the first word keeps its tag, the last loses it
+        rows = [{"tokens": ["x", "a" * (1 + 90 * (i > 0)), "b"], "tags": ["O", "B-X", "O"]}
+                for i in range(10)]  # fmt: skip
+        wanted = "9 of 10 examples, more"
+    base = tiny_llama if task == "instruct" else tiny_bert
+    values = recipe_values(base, tmp_path, rows, too_long="truncate")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**values, "task": task}))
+    result = CliRunner().invoke(app, ["check", str(path)])
+    assert isinstance(result.exception, DataError)
+    assert result.exception.exit_code == 4
+    assert wanted in result.exception.found
 
 
 def test_check_on_the_command_line(tiny_llama, tmp_path):

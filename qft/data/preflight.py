@@ -45,7 +45,7 @@ def preflight(
             continue
         labelled = part.examples if task_name not in _OF_ROWS else []
         problems += _unsupervised(name, labelled, task_name)
-        problems += _cut(name, part.examples, data)
+        problems += _cut(name, part, data)
         problems += _twice_begun(name, part.examples, tokenizer)
         if task_name in _ENDING:
             problems += _never_ended(name, labelled, task_name, tokenizer)
@@ -75,14 +75,17 @@ def _unsupervised(name: str, examples: Sequence[Example], task_name: str) -> lis
     )]  # fmt: skip
 
 
-def _cut(name: str, examples: Sequence[Example], data: Data) -> list[DataError]:
-    cut = sum(example.cut for example in examples)
-    if cut <= data.max_cut_share * len(examples):
+def _cut(name: str, part: ExampleSet, data: Data) -> list[DataError]:
+    """Completions cut short or cut off entirely; the latter are no examples any more."""
+    rows = len(part.examples) + part.lost
+    cut = sum(example.cut for example in part.examples) + part.lost
+    if cut <= data.max_cut_share * rows:
         return []
+    entirely = f", {part.lost} of them entirely" if part.lost else ""
     return [DataError(
         "Truncation cuts off the completion of too many rows; they would never teach an ending.",
         where=name,
-        found=f"{cut} of {len(examples)} examples, more than {data.max_cut_share:.0%}",
+        found=f"{cut} of {rows} examples{entirely}, more than {data.max_cut_share:.0%}",
         fix="a larger train.max_length, data.too_long: drop, or a larger data.max_cut_share",
     )]  # fmt: skip
 

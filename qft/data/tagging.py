@@ -58,13 +58,20 @@ class TokenTask(Task):
         encoded = [self._encode(number, row, tokenizer, settings, place) for number, row in rows]
         numbers = [number for number, _ in rows]
         dropped = fit_lengths([len(ids) for ids, _ in encoded], numbers, settings, notes)
-        limit, examples = settings.max_length, []
+        limit, examples, empty = settings.max_length, [], 0
         for position, (ids, labels) in enumerate(encoded):
-            if position in dropped or set(labels[:limit]) == {UNSUPERVISED}:
+            if position in dropped:
                 continue
-            cut = len(ids) > limit
+            lost = set(labels[:limit]) <= {UNSUPERVISED}
+            if lost and set(labels) <= {UNSUPERVISED}:  # not by the cut: no words at all
+                empty += 1
+                continue
+            cut = labels[limit:] != [UNSUPERVISED] * len(labels[limit:])
             inputs = {"input_ids": ids[:limit], "labels": labels[:limit]}
-            examples.append(Example(settings.index_offset + position, inputs, cut=cut))
+            index = settings.index_offset + position
+            examples.append(Example(index, inputs, cut=cut, lost=lost))
+        if empty:
+            notes.append(f"{empty} of {len(rows)} rows dropped: no word that the tokenizer knows")
         return examples
 
     def _encode(

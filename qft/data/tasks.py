@@ -297,10 +297,14 @@ def _encode(
             kind,
             data.stride,
         )
-        examples = task.encode(rows, tokenizer, settings, notes)
+        made = task.encode(rows, tokenizer, settings, notes)
     except DataError as error:
         where = source if error.where is None else f"{source}: {error.where}"
         raise DataError(error.what, where=where, found=error.found, fix=error.fix) from None
+    examples = [example for example in made if not example.lost]
+    lost = len(made) - len(examples)
+    if lost:
+        notes.append(f"{lost} of {len(made)} rows dropped: the cut left nothing to learn")
     if not examples:
         raise DataError(
             "No usable example is left.",
@@ -308,7 +312,7 @@ def _encode(
             found="; ".join(notes) or f"{len(rows)} rows without text",
             fix="a longer train.max_length, or other rows",
         )
-    return ExampleSet(examples, classes, notes, fingerprint(examples), kind)
+    return ExampleSet(examples, classes, notes, fingerprint(examples), kind, lost)
 
 
 def _label_kind(
