@@ -133,6 +133,26 @@ def test_bos_begins_each_document_once(load, with_bos):
     assert decoded == "<s>One</s><s>Two</s><s>Three</s><s>Four"
 
 
+def test_packed_documents_are_examples_of_their_own(write_rows, with_bos):
+    rows = [{"text": "One"}, {"text": UNICODE}, {"text": "Three</s>"}, {"text": ""}]
+    data = {"train": str(write_rows(rows)), "eval": str(write_rows(rows[:1], "dev.jsonl"))}
+    training, held = load_train_eval(recipe("text", data, packing=True, max_length=16), with_bos)
+    pieces = [example.inputs["input_ids"] for example in training.examples]
+    assert len(pieces) > 3
+    assert max(map(len, pieces)) == 16
+    decoded = with_bos.decode(list(chain.from_iterable(pieces)), skip_special_tokens=False)
+    assert decoded == f"<s>One</s><s>{UNICODE}</s><s>Three</s>"
+    begun = [p for p in pieces if with_bos.bos_token_id in p]
+    assert [p[0] for p in begun] == [with_bos.bos_token_id] * 3, "no piece crosses a border"
+    assert [e.index for e in training.examples] == list(range(len(pieces)))
+    one = held.examples[0].inputs["input_ids"]
+    assert with_bos.decode(one, skip_special_tokens=False) == "<s>One"
+    plain, _ = load_train_eval(recipe("text", data, max_length=512), with_bos)
+    assert len(plain.examples) == 1
+    assert any("run on" in note for note in plain.notes)
+    assert not any("run on" in note for note in training.notes)
+
+
 # --- instruct
 
 

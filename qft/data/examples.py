@@ -72,6 +72,7 @@ class EncodeSettings:
         supervise: all of the assistant's turns, or the last alone (chat).
         labels_are: one class a row, several, or a number (classify).
         stride: tokens that two windows of a long context share, at most (extract).
+        packed: examples will share rows, so that none need be filled up (text).
     """
 
     columns: Mapping[str, str]
@@ -82,6 +83,7 @@ class EncodeSettings:
     supervise: Literal["all", "last"] = "all"
     labels_are: LabelKind = "one"
     stride: int = 128
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ def load_examples(
     limit: int | None = None,
     index_offset: int = 0,
     split: str = "train",
+    packed: bool = False,
 ) -> ExampleSet:
     """Reads and encodes one source.
 
@@ -81,6 +82,7 @@ def load_examples(
         limit: at most so many rows.
         index_offset: number of the first example.
         split: of a hub data set.
+        packed: as `train.packing` says.
 
     Raises:
         DataError: the data cannot be read or does not fit the task.
@@ -96,6 +98,7 @@ def load_examples(
         labels=labels,
         index_offset=index_offset,
         source=source,
+        packed=packed,
     )
 
 
@@ -134,8 +137,16 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
         texts = [columns[role] for role in ("text", "text_pair") if role in columns]
         mask_token: Any = getattr(tokenizer, "mask_token", None)
         rows = augmented(rows, texts, data.augment, seed=seed, mask_token=mask_token)
+    packed = recipe.train.packing
     training = _encode(
-        task_name, rows, columns, tokenizer, data=data, max_length=max_length, source=data.train
+        task_name,
+        rows,
+        columns,
+        tokenizer,
+        data=data,
+        max_length=max_length,
+        source=data.train,
+        packed=packed,
     )
     data = data.model_copy(update={"labels_are": training.labels_are})
     if held_out is not None:
@@ -148,6 +159,7 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
             max_length=max_length,
             labels=training.labels,
             source=f"{data.train} (held out)",
+            packed=packed,
         )
         return training, held
     if data.eval is None:
@@ -161,6 +173,7 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
         labels=training.labels,
         limit=data.eval_limit,
         split="validation",
+        packed=packed,
     )
     return training, held
 
@@ -279,6 +292,7 @@ def _encode(
     source: str,
     labels: tuple[str, ...] | None = None,
     index_offset: int = 0,
+    packed: bool = False,
 ) -> ExampleSet:
     task = TASKS[task_name]
     notes: list[str] = []
@@ -296,6 +310,7 @@ def _encode(
             data.supervise,
             kind,
             data.stride,
+            packed,
         )
         made = task.encode(rows, tokenizer, settings, notes)
     except DataError as error:
