@@ -110,7 +110,10 @@ class Data(Settings):
         0.1, ge=0, le=1, description="refuse if truncation cuts off more of the rows' completions"
     )
     max_duplicate_share: float = Field(
-        0.01, ge=0, le=1, description="refuse if more of the held-out rows are training rows too"
+        0.01,
+        ge=0,
+        le=1,
+        description="refuse if more of the held-out rows are training rows too, whatever the label",
     )
 
     @property

@@ -97,6 +97,29 @@ def test_held_out_rows_that_are_trained_on():
     assert "1 of 1 held-out examples" in notes[0]
 
 
+@pytest.mark.parametrize("labels", [(0, 1), ([0.0, 1.0], [1.0, 1.0]), ([1, 2], [0, 0])])
+def test_another_label_makes_no_other_row(labels):
+    parts = [ExampleSet([Example(0, {"input_ids": [5, 6], "labels": label})]) for label in labels]
+    assert "1 of 1 held-out examples" in refusal(*parts, task="classify").found
+    other = ExampleSet([Example(0, {"input_ids": [5, 7], "labels": labels[0]})])
+    assert preflight("classify", parts[0], other, TOKENIZER, Data(train="x")) == []
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_documents_are_compared_before_they_are_cut(packing, tiny_llama, tmp_path):
+    texts = [f"document {i} of some length" for i in range(6)]
+    values = recipe_values(tiny_llama, tmp_path, [{"text": text} for text in texts])
+    dev = tmp_path / "dev.jsonl"
+    values |= {"task": "text", "data": {**values["data"], "eval": str(dev)}}
+    values["train"]["packing"] = packing
+    dev.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[3:]))
+    with pytest.raises(DataError, match="not held out") as caught:
+        qft.check(qft.build_recipe(values))
+    assert "3 of 3 held-out documents" in caught.value.found
+    dev.write_text(json.dumps({"text": "another one"}))
+    assert qft.check(qft.build_recipe(values))["data"]["eval"]["examples"] == 1
+
+
 def test_tags_without_names_get_a_hint():
     rows = examples(([5, 6], [0, 1])).examples
     for labels, hints in ((("0", "1"), 1), (("O", "B-X"), 0)):

@@ -97,6 +97,7 @@ class ExampleSet:
         fingerprint: SHA-256 of the encoded examples.
         labels_are: one class a row, several, or a number (classify).
         lost: how many were left out because the cut left nothing to learn.
+        documents: a digest of each whole text, where examples are parts of texts.
     """
 
     examples: list[Example]
@@ -105,6 +106,7 @@ class ExampleSet:
     fingerprint: str = ""
     labels_are: LabelKind = "one"
     lost: int = 0
+    documents: tuple[str, ...] = ()
 
     def first(self, limit: int | None) -> ExampleSet:
         """At most ``limit`` examples, from the beginning."""
@@ -125,6 +127,12 @@ def fingerprint(examples: Sequence[Example]) -> str:
             digest.update(f"{name}{len(numbers)}:".encode())
             digest.update(numbers.tobytes())
     return digest.hexdigest()
+
+
+def inputs_fingerprint(example: Example) -> str:
+    """SHA-256 of what the model is given; what it should answer may differ."""
+    inputs = {name: value for name, value in example.inputs.items() if name != "labels"}
+    return fingerprint([replace(example, inputs=inputs)])
 
 
 class Task(ABC):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qft.data.chat import terminators
 from qft.data.encoding import UNSUPERVISED, end_token
-from qft.data.examples import Example, ExampleSet, fingerprint
+from qft.data.examples import Example, ExampleSet, inputs_fingerprint
 from qft.data.extract import Window
 from qft.errors import DataError
 from qft.recipe import Data
@@ -137,22 +137,36 @@ def _ends_unsupervised(example: Example, ends: set[int]) -> bool:
 def _repeated(
     training: ExampleSet, held_out: ExampleSet | None, data: Data
 ) -> tuple[list[DataError], list[str]]:
-    """Held-out rows that are training rows: a metric on them measures memory."""
+    """Held-out rows that are training rows: a metric on them measures memory.
+
+    Compared is what the model is given, as another label makes no new row. Plain text is compared
+    by documents as well: its blocks begin elsewhere in each part.
+    """
     if held_out is None:
         return [], []
-    known = {fingerprint([example]) for example in training.examples}
-    twice = [e.index for e in held_out.examples if fingerprint([e]) in known]
-    if not twice:
-        return [], []
-    found = f"{len(twice)} of {len(held_out.examples)} held-out examples are training examples too"
-    if len(twice) <= data.max_duplicate_share * len(held_out.examples):
-        return [], [found]
-    return [DataError(
-        "The held-out rows are not held out: what they measure would be memory.",
-        where=f"eval, example {twice[0] + 1}" + (" is the first" if len(twice) > 1 else ""),
-        found=f"{found}, more than {data.max_duplicate_share:.1%}",
-        fix="other rows in data.eval, or a larger data.max_duplicate_share",
-    )], []  # fmt: skip
+    notes: list[str] = []
+    known, asked = ([inputs_fingerprint(e) for e in p.examples] for p in (training, held_out))
+    own = [example.index for example in held_out.examples]
+    documents = held_out.documents
+    for what, before, after, numbers in (
+        ("document", training.documents, documents, list(range(len(documents)))),
+        ("example", tuple(known), tuple(asked), own),
+    ):
+        seen = set(before)
+        twice = [n + 1 for n, digest in zip(numbers, after, strict=True) if digest in seen]
+        if not twice:
+            continue
+        found = f"{len(twice)} of {len(after)} held-out {what}s are training {what}s too"
+        if len(twice) > data.max_duplicate_share * len(after):
+            return [DataError(
+                "The held-out rows are not held out: what they measure would be memory.",
+                where=f"eval, {what} {twice[0]}"
+                + (" is the first" if len(twice) > 1 else ""),
+                found=f"{found}, more than {data.max_duplicate_share:.1%}",
+                fix="other rows in data.eval, or a larger data.max_duplicate_share",
+            )], []  # fmt: skip
+        notes.append(found)
+    return [], notes
 
 
 Piece = tuple[str, bool]  # text, and whether the loss is on it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -327,7 +328,11 @@ def _encode(
             found="; ".join(notes) or f"{len(rows)} rows without text",
             fix="a longer train.max_length, or other rows",
         )
-    return ExampleSet(examples, classes, notes, fingerprint(examples), kind, lost)
+    documents: tuple[str, ...] = ()
+    if task_name == "text":
+        texts = [row[columns["text"]].strip() for _, row in rows]
+        documents = tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts if text)
+    return ExampleSet(examples, classes, notes, fingerprint(examples), kind, lost, documents)
 
 
 def _label_kind(
