@@ -22,7 +22,7 @@ README = REPOSITORY / "README.md"
 
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
-    errors files progress quiet_libraries hardware
+    errors scripts files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
     lean.dropout lean.noise lean.model_parts lean.prefix_attention
     quantization pooling shards shard_writer models adapter_folder strategy_table

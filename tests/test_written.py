@@ -36,6 +36,25 @@ def test_rouge_by_hand():
     assert found["rouge_l"] == pytest.approx(2 * 2 / 8)
 
 
+def test_rouge_splits_words_as_its_usual_implementations_do():
+    # the, cat / the, dog: articles are words; SQuAD's measure drops them
+    found = text_scores(["The cat"], ["the dog"])
+    assert found["rouge_1"] == pytest.approx(2 * 1 / 4)
+    assert found["rouge_l"] == pytest.approx(2 * 1 / 4)
+    # don, t, stop, well, known / well, known, don, t: marks part words
+    found = text_scores(["Don't stop well-known"], ["well_known, don't"])
+    assert found["rouge_1"] == pytest.approx(2 * 4 / 9)
+    assert found["rouge_2"] == pytest.approx(2 * 2 / (4 + 3))
+    assert found["rouge_l"] == pytest.approx(2 * 2 / 9)
+
+
+def test_rouge_of_other_scripts():
+    found = text_scores(["我用iPhone 15,很好"], ["我用iPhone,好"])  # 6 and 4 words, 4 shared
+    assert found["rouge_1"] == pytest.approx(2 * 4 / 10)
+    assert found["rouge_2"] == pytest.approx(2 * 2 / 8)
+    assert text_scores(["Grüße an हिन्दी"], ["grüße हिन्दी"])["rouge_1"] == pytest.approx(2 * 2 / 5)
+
+
 def test_bleu_is_sacrebleus_in_the_references_own_script():
     import sacrebleu
 
