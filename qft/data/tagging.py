@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qft.data.classify import label_name
-from qft.data.encoding import UNSUPERVISED
+from qft.data.encoding import UNSUPERVISED, require_offsets
 from qft.data.examples import (
     EncodeSettings,
     Example,
@@ -53,6 +53,7 @@ class TokenTask(Task):
     ) -> list[Example]:
         """One example a row; `labels` are tags' places in ``settings.labels``, else -100."""
         assert settings.labels is not None
+        require_offsets(tokenizer)
         place = {str(i): i for i in range(len(settings.labels))}  # numbers, named by data.labels
         place |= {name: i for i, name in enumerate(settings.labels)}
         encoded = [self._encode(number, row, tokenizer, settings, place) for number, row in rows]
