@@ -134,6 +134,24 @@ def test_folds_are_trained_and_summed_up(tiny_bert: Path, tmp_path: Path, write_
         train_folds(recipe(tiny_bert, write_rows(ROWS), tmp_path / "x", eval_share=0.1), 3)
 
 
+def test_a_class_of_one_row_cannot_be_folded(
+    tiny_bert: Path, tmp_path: Path, write_rows: Writer, tokenizer: Any
+):
+    rows = [{"text": f"text {i}", "label": "b" if i == 3 else "a"} for i in range(6)]
+    path = write_rows(rows)
+    for fold in ("1/3", "2/3", "3/3"):  # whichever holds it out, and before any is trained
+        made = recipe(tiny_bert, path, tmp_path / "run", fold=fold)
+        with pytest.raises(DataError, match="one row only, so the fold") as caught:
+            load_train_eval(made, tokenizer)
+        assert "data.fold" in caught.value.where
+        assert caught.value.found == "'b'"
+    named = recipe(tiny_bert, path, tmp_path / "run", fold="1/3", labels=["a", "b"])
+    assert load_train_eval(named, tokenizer)[0].labels == ("a", "b")
+    numbers = write_rows([{"text": f"t {i}", "label": i / 8} for i in range(6)], "numbers.jsonl")
+    made = recipe(tiny_bert, numbers, tmp_path / "run", fold="1/3")
+    assert load_train_eval(made, tokenizer)[0].labels_are == "number"
+
+
 def test_copies_are_changed_and_the_rows_stay():
     rows = [(i, {"text": f"one two three four {i}", "label": "a"}) for i in range(30)]
     settings = Augment(copies=2, mask=0.3, insert=0.2, replace=0.2, delete=0.2, swap=0.2)

@@ -28,7 +28,7 @@ _PLACES = """
     quantization pooling shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.readers data.sources data.chat data.examples data.language
     data.seq2seq data.classify data.extract data.tagging data.packing data.augment
-    data.tasks data.preflight inputs checking
+    data.splits data.tasks data.preflight inputs checking
     preparation task_loss step checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
