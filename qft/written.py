@@ -55,7 +55,12 @@ def write_and_score(
         part = asked[start : start + _AT_ONCE]
         prompts: Any = [written.prompt for written in part]
         texts += generate(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, micro_batch=micro_batch
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            micro_batch=micro_batch,
+            tools=[written.tools for written in part],
         )
         if progress is not None:
             progress(len(part))

@@ -223,6 +223,33 @@ def test_a_conversation_without_the_assistant_is_named(load, chatml):
     assert caught.value.exit_code == 4
 
 
+REASONED = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "because"},
+    ]
+}
+
+
+def test_thoughts_are_written_by_the_template_or_named_in_a_note(load, chatml):
+    found = load("chat", chatml, [REASONED])
+    assert supervised(chatml, found.examples[0]) == "yes<|im_end|>"
+    assert any("1 messages have reasoning_content" in note for note in found.notes)
+    writes = CHATML.replace("+ message['content']", "+ (message['reasoning_content'] or '') "
+                            "+ message['content']")  # fmt: skip
+    found = load("chat", with_template(chatml, writes), [REASONED])
+    assert supervised(chatml, found.examples[0]) == "becauseyes<|im_end|>"
+    assert not any("reasoning_content" in note for note in found.notes)
+
+
+def test_a_prompt_beyond_the_finished_turns_is_named_in_a_note(load, chatml):
+    opens = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    assert opens != CHATML
+    found = load("chat", with_template(chatml, opens), [REASONED])
+    assert supervised(chatml, found.examples[0]) == "yes<|im_end|>"
+    assert any("ends in '<think>'" in note for note in found.notes)
+
+
 # --- too long
 
 

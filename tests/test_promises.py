@@ -26,9 +26,9 @@ _PLACES = """
     strategy registry recipe recipe_reference card
     lean.dropout lean.noise lean.model_parts lean.prefix_attention
     quantization pooling shards shard_writer models adapter_folder strategy_table
-    data.encoding data.columns data.readers data.sources data.chat data.examples data.language
-    data.seq2seq data.classify data.extract data.tagging data.packing data.augment
-    data.splits data.tasks data.preflight inputs checking
+    data.encoding data.columns data.messages data.readers data.sources data.template data.chat
+    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
+    data.augment data.splits data.tasks data.preflight inputs checking
     preparation task_loss step checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation

@@ -29,11 +29,13 @@ class Written:
         prompt: a text, or the conversation up to the answer.
         reference: the answer.
         row: the whole row, for tests that it may hold.
+        tools: what the conversation's template shows of functions to call.
     """
 
     prompt: str | list[dict[str, Any]]
     reference: str
     row: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from qft.data.chat import encode_chat, encode_turns, has_template, require_template
-from qft.data.columns import Message, read_messages, text_in
+from qft.data.chat import encode_chat, encode_turns, prompted_beyond
+from qft.data.columns import text_in
 from qft.data.encoding import (
     UNSUPERVISED,
     Encoded,
@@ -27,6 +27,8 @@ from qft.data.examples import (
     example_of,
     language_examples,
 )
+from qft.data.messages import REASONING, Message, read_messages, read_tools
+from qft.data.template import has_template, require_template
 from qft.errors import DataError
 
 if TYPE_CHECKING:
@@ -194,21 +196,39 @@ class ChatTask(LanguageTask):
                 f"{len(rows)} conversations became {len(encoded)} examples, one for each turn of "
                 "the assistant: the template renders a turn otherwise once others follow"
             )
+        notes += self._silences(tokenizer, rows, settings)
         return language_examples(encoded, settings, notes)
+
+    def _silences(
+        self, tokenizer: Tokenizer, rows: Sequence[NumberedRow], settings: EncodeSettings
+    ) -> list[str]:
+        """What the template keeps from the model."""
+        notes = []
+        column = settings.columns["messages"]
+        thoughts = sum(REASONING in m for number, row in rows
+                       for m in read_messages(row[column], number))  # fmt: skip
+        if thoughts and REASONING not in tokenizer.get_chat_template():
+            notes.append(f"{thoughts} messages have {REASONING}, which this template does not "
+                         "write: it is not trained on")  # fmt: skip
+        beyond = prompted_beyond(tokenizer)
+        if beyond:
+            notes.append(f"the generation prompt ends in {beyond!r}, which the template's finished "
+                         "turns do not hold: answers are trained without it")  # fmt: skip
+        return notes
 
     def _sequences(
         self, tokenizer: Tokenizer, row: Mapping[str, Any], number: int, settings: EncodeSettings
     ) -> list[tuple[Encoded, Written | None]]:
         """The last one asks for the last answer; a model that writes is judged by that."""
         messages = read_messages(row[settings.columns["messages"]], number)
-        tools = row.get(settings.columns.get("tools", "")) or None
+        tools = read_tools(row.get(settings.columns.get("tools", "")), number)
         last_only = settings.supervise == "last"
         sequences = _naming_the_row(
             number, lambda: encode_turns(tokenizer, messages, last_only=last_only, tools=tools)
         )
         written = None
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
-            written = Written(messages[:-1], messages[-1]["content"], row)
+            written = Written(messages[:-1], messages[-1]["content"], row, tools)
         return [(s, written if s is sequences[-1] else None) for s in sequences]
 
 
