@@ -227,8 +227,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Text from any model."""
-    from qft.data.chat import has_template
     from qft.data.language import plain_prompt
+    from qft.data.template import has_template
     from qft.generation import generate as run
     from qft.opening import open_any
 

@@ -61,7 +61,8 @@ def evaluate(
         `loss`, the mean over every label, and by what a label is: tokens: `perplexity`,
         `bits_per_byte` (of the supervised text), `token_accuracy`; one class: `accuracy`,
         `macro_f1`, `matthews`; several: `accuracy`, `micro_f1`, `macro_f1`; numbers: `rmse`,
-        `pearson`, `spearman`; spans: `exact_match`, `f1`; tags: `entity_f1` and its parts.
+        `pearson`, `spearman`; spans: `exact_match`, `f1`; tags: `accuracy`, and
+        where they are O and B-TYPE or the like `entity_f1` and its parts.
 
     Raises:
         ModelError: there are other classes in the data than in the model.

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qft.data.chat import render, terminators
-from qft.data.columns import Message
+from qft.data.chat import terminators
 from qft.data.encoding import encode_prompt, pad_id
 from qft.data.language import prompt_messages
+from qft.data.messages import Message
 from qft.data.seq2seq import encode_source
+from qft.data.template import Tools, render
 from qft.errors import RecipeError
 from qft.evaluation import evaluating
 
@@ -33,6 +34,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
     micro_batch: int = 8,
+    tools: Sequence[Tools] | None = None,
 ) -> list[str]:
     """Continues each prompt; the prompt itself is not in what comes back.
 
@@ -45,6 +47,7 @@ def generate(
         seed: of the sampling; the ordinary generators are left as they were.
         chat: render a text as the user's turn in the tokenizer's template.
         micro_batch: prompts at once.
+        tools: for each prompt the functions that its template shall show, or None.
 
     Returns:
         One text a prompt, in their order, without special tokens.
@@ -54,11 +57,13 @@ def generate(
         DataError: ``chat`` without a usable template.
     """
     chat = chat or any(not isinstance(prompt, str) for prompt in prompts)
+    shown: Sequence[Tools] = tools or [None] * len(prompts)
+    asked: Sequence[Any] = prompts
     encoded = [
         encode_source(tokenizer, str(prompt))
         if _has_decoder(model)
-        else _encode(tokenizer, prompt, chat)
-        for prompt in prompts
+        else _encode(tokenizer, prompt, chat, functions)
+        for prompt, functions in zip(asked, shown, strict=True)
     ]
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
     texts = [""] * len(encoded)
@@ -147,10 +152,12 @@ def stream_chat(
         raise failed[0]
 
 
-def _encode(tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool) -> list[int]:
+def _encode(
+    tokenizer: Tokenizer, prompt: str | Sequence[Message], chat: bool, tools: Tools = None
+) -> list[int]:
     if chat:
         messages = prompt_messages(prompt) if isinstance(prompt, str) else prompt
-        text = render(tokenizer, messages, add_generation_prompt=True)
+        text = render(tokenizer, messages, add_generation_prompt=True, tools=tools)
         ids: Any = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     else:
         assert isinstance(prompt, str)

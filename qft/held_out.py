@@ -72,5 +72,12 @@ def held_out_examples(
     settings = known or Data(train=data, **changes)
     length = max_length or (recipe.train.max_length if recipe is not None else 512)
     return load_examples(
-        task, data, tokenizer, data=settings, max_length=length, labels=labels, limit=limit
+        task,
+        data,
+        tokenizer,
+        data=settings,
+        max_length=length,
+        labels=labels,
+        limit=limit,
+        packed=recipe is not None and recipe.train.packing,
     )

@@ -99,7 +99,9 @@ class Data(Settings):
         128, ge=0, description="extract: tokens that two windows of a long context share"
     )
     too_long: Literal["error", "truncate", "drop"] = Field(
-        "error", description="a row longer than max_length (text is cut into blocks instead)"
+        "error",
+        description="a row longer than max_length (text is cut into blocks instead, which run "
+        "on from one document to the next; see train.packing)",
     )
     supervise: Literal["all", "last"] = Field(
         "all", description="chat: the assistant's turns that are trained on"
@@ -108,7 +110,10 @@ class Data(Settings):
         0.1, ge=0, le=1, description="refuse if truncation cuts off more of the rows' completions"
     )
     max_duplicate_share: float = Field(
-        0.01, ge=0, le=1, description="refuse if more of the held-out rows are training rows too"
+        0.01,
+        ge=0,
+        le=1,
+        description="refuse if more of the held-out rows are training rows too, whatever the label",
     )
 
     @property
@@ -163,7 +168,9 @@ class Train(Settings):
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 switches it off")
     max_length: int = Field(512, ge=2, description="longest sequence in tokens")
     packing: bool = Field(
-        False, description="short examples share a row of max_length (text, instruct, chat)"
+        False,
+        description="short examples share a row of max_length, each as if it were alone; in text "
+        "each document is by itself then (text, instruct, chat)",
     )
     group_by_length: bool = Field(
         True, description="within a step, examples of like length share a micro-batch"

@@ -55,18 +55,24 @@ def write_and_score(
         part = asked[start : start + _AT_ONCE]
         prompts: Any = [written.prompt for written in part]
         texts += generate(
-            model, tokenizer, prompts, max_new_tokens=max_new_tokens, micro_batch=micro_batch
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            micro_batch=micro_batch,
+            tools=[written.tools for written in part],
         )
         if progress is not None:
             progress(len(part))
-    texts = [text.strip() for text in texts]
-    scores = text_scores(texts, [written.reference.strip() for written in asked])
+    stripped = [text.strip() for text in texts]
+    scores = text_scores(stripped, [written.reference.strip() for written in asked])
     if execute_code:
         from qft.code_execution import pass_rate
 
+        # as written: the first blanks of a function's body are its indent
         scores["pass_at_1"] = pass_rate([written.row for written in asked], texts)
     rows = [
         {"prompt": written.prompt, "prediction": text, "reference": written.reference}
-        for written, text in zip(asked, texts, strict=True)
+        for written, text in zip(asked, stripped, strict=True)
     ]
     return scores, rows

@@ -171,3 +171,11 @@ FORGETS_BUT_MARKS = FORGETS_THOUGHTS.replace(
     "{{ message['content'] + '<|im_end|>\n' }}{% endgeneration %}"
     "{% else %}{{ message['content'] + '<|im_end|>\n' }}{% endif %}",
 )
+# As DeepSeek-R1's: the generation prompt opens the thoughts, finished turns hold none.
+OPENS_THOUGHTS = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '<｜User｜>' + message['content'] }}{% else %}"
+    "{% set content = message['content'].split('</think>')[-1] %}"
+    "{{ '<｜Assistant｜>' + content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
+)

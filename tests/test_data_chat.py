@@ -12,6 +12,7 @@ from small_tokenizers import (
     LLAMA2,
     LLAMA3,
     MISTRAL,
+    OPENS_THOUGHTS,
     PHI3,
     TOOLS,
     VICUNA,
@@ -21,9 +22,10 @@ from small_tokenizers import (
 )
 
 from qft.data import chat
-from qft.data.chat import encode_chat, encode_turns, mask_assistant, render, terminators
-from qft.data.columns import read_messages
+from qft.data.chat import encode_chat, encode_turns, mask_assistant, prompted_beyond, terminators
 from qft.data.encoding import UNSUPERVISED
+from qft.data.messages import read_messages
+from qft.data.template import render
 from qft.errors import DataError, ModelError
 
 IM = ("<|im_start|>", "<|im_end|>")
@@ -262,6 +264,33 @@ def test_calls_of_tools_are_the_assistants_words_and_their_answers_are_not():
         "It is 2.<|im_end|>",
     ]
     assert tokenizer.decode(sequence.input_ids).startswith("<|im_start|>system\n{")
+
+
+def opening_thoughts(template=OPENS_THOUGHTS):
+    specials = ("<s>", "</s>", "<｜User｜>", "<｜Assistant｜>")
+    return with_template(bpe(specials, bos="<s>", eos="</s>"), template)
+
+
+def test_a_generation_prompt_that_opens_thoughts_leaves_the_masks_exact():
+    tokenizer = opening_thoughts()
+    turns = conversation()
+    # begins like "<think>", and not with a token of its own: no common beginning will do
+    turns[3] = {"role": "assistant", "content": "<th>The answer"}
+    ids, labels = mask_assistant(tokenizer, turns)
+    expected = [turns[1]["content"] + "</s>", "<th>The answer</s>"]
+    assert supervised_runs(tokenizer, ids, labels) == expected
+    assert prompted_beyond(tokenizer) == "<think>\n"
+    assert terminators(tokenizer) == [tokenizer.eos_token_id]
+    for usual in (CHATML, FORGETS_THOUGHTS, TOOLS):
+        assert prompted_beyond(chatml(usual)) == ""
+
+
+def test_a_generation_prompt_that_begins_no_turn_is_named_as_such():
+    tokenizer = opening_thoughts(OPENS_THOUGHTS.replace("<｜Assistant｜><think>", "Say:"))
+    with pytest.raises(DataError, match="where the assistant's words are") as caught:
+        mask_assistant(tokenizer, conversation()[:2])
+    assert "does not begin as the generation prompt" in caught.value.found
+    assert "others follow" not in caught.value.found
 
 
 def test_prefixes_and_marks_agree(monkeypatch):

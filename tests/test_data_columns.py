@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from qft.data.columns import USUAL_NAMES, find_columns, read_messages
+from qft.data.columns import USUAL_NAMES, find_columns
+from qft.data.messages import read_messages, read_tools
 from qft.errors import DataError
 from qft.recipe import Columns
 
@@ -98,6 +101,7 @@ def test_every_role_has_an_override():
         [{"speaker": "User", "text": "u"}, {"speaker": "bot", "text": "a"}],
         [{"agent": "agent_1", "message": "u"}, {"agent": "agent_2", "message": "a"}],
         [USER | {"from": None, "weight": 1}, ASSISTANT],
+        [{"role": "user", "content": [{"type": "text", "text": "u", "image": None}]}, ASSISTANT],
     ],
 )
 def test_forms_of_conversations(value):
@@ -115,6 +119,8 @@ def test_forms_of_conversations(value):
         ([{"role": "user", "content": None}], "needs a role"),
         ([USER, {"role": "wizard", "content": "x"}], "role of a message is not known"),
         ([USER, {"role": "user", "content": [{"type": "text"}]}], "text is needed"),
+        ([USER, {"role": "user", "content": [{"type": "image_url"}]}], "a part that is no text"),
+        ([USER, ASSISTANT | {"reasoning_content": 3}], "text is needed"),
         ([USER, {"role": "user", "content": "\ud800"}], "surrogate"),
         ([USER, {"role": "assistant", "content": None, "tool_calls": [1]}], "call of a tool"),
         ([USER, {"role": "assistant", "tool_calls": 1}], "tool_calls is no list"),
@@ -130,3 +136,20 @@ def test_bad_conversations(value, what):
     assert "row 7" in caught.value.where
     if isinstance(value, list) and len(value) == 2:
         assert "message 2" in caught.value.where
+
+
+def test_text_parts_are_one_text_and_thoughts_stay_beside_it():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    message = {"role": "assistant", "content": parts, "reasoning_content": "because"}
+    assert read_messages([message], 1) == [message | {"content": "one two"}]
+    assert read_messages([ASSISTANT | {"reasoning_content": None}], 1) == [ASSISTANT]
+
+
+def test_tools_may_be_json_text():
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert read_tools(json.dumps(tools), 1) == read_tools(tools, 1) == tools
+    assert all(read_tools(empty, 1) is None for empty in (None, "", " ", [], "[]", "null"))
+    for bad, what in (("[{", "no JSON"), ({"name": "add"}, "no list"), (["add"], "no list")):
+        with pytest.raises(DataError, match=what) as caught:
+            read_tools(bad, 7)
+        assert caught.value.where == "row 7, tools"

@@ -133,6 +133,26 @@ def test_bos_begins_each_document_once(load, with_bos):
     assert decoded == "<s>One</s><s>Two</s><s>Three</s><s>Four"
 
 
+def test_packed_documents_are_examples_of_their_own(write_rows, with_bos):
+    rows = [{"text": "One"}, {"text": UNICODE}, {"text": "Three</s>"}, {"text": ""}]
+    data = {"train": str(write_rows(rows)), "eval": str(write_rows(rows[:1], "dev.jsonl"))}
+    training, held = load_train_eval(recipe("text", data, packing=True, max_length=16), with_bos)
+    pieces = [example.inputs["input_ids"] for example in training.examples]
+    assert len(pieces) > 3
+    assert max(map(len, pieces)) == 16
+    decoded = with_bos.decode(list(chain.from_iterable(pieces)), skip_special_tokens=False)
+    assert decoded == f"<s>One</s><s>{UNICODE}</s><s>Three</s>"
+    begun = [p for p in pieces if with_bos.bos_token_id in p]
+    assert [p[0] for p in begun] == [with_bos.bos_token_id] * 3, "no piece crosses a border"
+    assert [e.index for e in training.examples] == list(range(len(pieces)))
+    one = held.examples[0].inputs["input_ids"]
+    assert with_bos.decode(one, skip_special_tokens=False) == "<s>One"
+    plain, _ = load_train_eval(recipe("text", data, max_length=512), with_bos)
+    assert len(plain.examples) == 1
+    assert any("run on" in note for note in plain.notes)
+    assert not any("run on" in note for note in training.notes)
+
+
 # --- instruct
 
 
@@ -201,6 +221,33 @@ def test_a_conversation_without_the_assistant_is_named(load, chatml):
         load("chat", chatml, rows)
     assert "row 2" in caught.value.where
     assert caught.value.exit_code == 4
+
+
+REASONED = {
+    "messages": [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "yes", "reasoning_content": "because"},
+    ]
+}
+
+
+def test_thoughts_are_written_by_the_template_or_named_in_a_note(load, chatml):
+    found = load("chat", chatml, [REASONED])
+    assert supervised(chatml, found.examples[0]) == "yes<|im_end|>"
+    assert any("1 messages have reasoning_content" in note for note in found.notes)
+    writes = CHATML.replace("+ message['content']", "+ (message['reasoning_content'] or '') "
+                            "+ message['content']")  # fmt: skip
+    found = load("chat", with_template(chatml, writes), [REASONED])
+    assert supervised(chatml, found.examples[0]) == "becauseyes<|im_end|>"
+    assert not any("reasoning_content" in note for note in found.notes)
+
+
+def test_a_prompt_beyond_the_finished_turns_is_named_in_a_note(load, chatml):
+    opens = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    assert opens != CHATML
+    found = load("chat", with_template(chatml, opens), [REASONED])
+    assert supervised(chatml, found.examples[0]) == "yes<|im_end|>"
+    assert any("ends in '<think>'" in note for note in found.notes)
 
 
 # --- too long

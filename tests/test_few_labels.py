@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,24 @@ def test_folds_are_trained_and_summed_up(tiny_bert: Path, tmp_path: Path, write_
         train_folds(recipe(tiny_bert, write_rows(ROWS), tmp_path / "x", eval_share=0.1), 3)
 
 
+def test_a_class_of_one_row_cannot_be_folded(
+    tiny_bert: Path, tmp_path: Path, write_rows: Writer, tokenizer: Any
+):
+    rows = [{"text": f"text {i}", "label": "b" if i == 3 else "a"} for i in range(6)]
+    path = write_rows(rows)
+    for fold in ("1/3", "2/3", "3/3"):  # whichever holds it out, and before any is trained
+        made = recipe(tiny_bert, path, tmp_path / "run", fold=fold)
+        with pytest.raises(DataError, match="one row only, so the fold") as caught:
+            load_train_eval(made, tokenizer)
+        assert "data.fold" in caught.value.where
+        assert caught.value.found == "'b'"
+    named = recipe(tiny_bert, path, tmp_path / "run", fold="1/3", labels=["a", "b"])
+    assert load_train_eval(named, tokenizer)[0].labels == ("a", "b")
+    numbers = write_rows([{"text": f"t {i}", "label": i / 8} for i in range(6)], "numbers.jsonl")
+    made = recipe(tiny_bert, numbers, tmp_path / "run", fold="1/3")
+    assert load_train_eval(made, tokenizer)[0].labels_are == "number"
+
+
 def test_copies_are_changed_and_the_rows_stay():
     rows = [(i, {"text": f"one two three four {i}", "label": "a"}) for i in range(30)]
     settings = Augment(copies=2, mask=0.3, insert=0.2, replace=0.2, delete=0.2, swap=0.2)
@@ -155,6 +174,32 @@ def test_characters_are_changed_where_there_are_no_spaces():
     settings = Augment(copies=1, mask=0, insert=0, replace=0, delete=0.5, swap=0)
     (_, row), (_, changed) = augmented(rows, ["text"], settings, seed=0, mask_token=None)
     assert 0 < len(changed["text"]) < len(row["text"])
+
+
+def test_a_latin_word_does_not_make_chinese_spaced():
+    text = "我昨天买了 iPhone 手机，真的很好用"
+    rows = [(1, {"text": text}), (2, {"text": "这个 app 不好"})]
+    silent = Augment(copies=50, mask=0, insert=0, replace=0, delete=0, swap=0)
+
+    def copies(**shares: float) -> list[str]:
+        settings = silent.model_copy(update=shares)
+        made = augmented(rows, ["text"], settings, seed=0, mask_token=None)
+        return [row["text"] for _, row in made[1:51]]
+
+    def han(text: str) -> int:
+        return len(re.findall(r"[\u4e00-\u9fff]", text))
+
+    assert set(copies()) == {text}
+    shorter = copies(delete=0.2)
+    assert sum(found != text for found in shorter) > 45
+    assert all(han(found) > 4 for found in shorter), "no chunk is lost at once"
+    assert 0 < sum("iPhone" in found for found in shorter) < 50, "a word goes as a whole"
+    other = copies(replace=0.5)
+    assert {len(re.findall("[A-Za-z]+", found)) for found in other} == {1}
+    assert {han(found) + found.count("，") for found in other} == {han(text) + text.count("，")}, (
+        "a character for a character"
+    )
+    assert any("app" in found for found in other)
 
 
 def test_held_out_rows_are_never_changed(

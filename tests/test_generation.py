@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import threading
 
 import pytest
@@ -59,6 +60,32 @@ def test_chat_goes_through_the_template(model, tokenizer):
     assert generate(model, tokenizer, [messages], max_new_tokens=8) == [text]
     pieces = list(stream_chat(model, tokenizer, messages, max_new_tokens=8, temperature=0))
     assert "".join(pieces) == text
+
+
+def test_each_prompt_shows_its_own_tools(model, tokenizer):
+    from qft.data.examples import Example, Written
+    from qft.written import write_and_score
+
+    shows = copy.deepcopy(tokenizer)
+    shows.chat_template = "{{ tools | tojson if tools else 'none' }}" + tokenizer.chat_template
+    messages = [{"role": "user", "content": "Hello"}]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    seen = []
+
+    def spy(*args, **settings):
+        seen.append(settings["input_ids"])
+        return type(model).generate(model, *args, **settings)
+
+    model.generate = spy
+    try:
+        asked = [Example(i, {}, truth=Written(messages, "x", {}, t))
+                 for i, t in enumerate((tools, None))]  # fmt: skip
+        write_and_score(model, shows, asked, max_new_tokens=2, micro_batch=1)
+    finally:
+        del model.generate
+    shorter, longer = (tokenizer.decode(ids[0]) for ids in seen)
+    assert shorter.startswith("none<|turn|>")
+    assert '"add"' in longer
 
 
 def test_no_template(model, tokenizer):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from qft.judging.classes import ClassJudge
+from qft.judging.tags import TagJudge
 from qft.metrics.answers import answer_scores, words
-from qft.metrics.entities import entities, entity_scores
+from qft.metrics.entities import entities, entity_scores, mark_entities
 
 
 def test_answers_are_compared_as_squad_does():
@@ -49,6 +50,26 @@ def test_an_entity_counts_whole_or_not_at_all():
     scores = entity_scores(answer, truth)
     assert scores == {"entity_precision": 0.5, "entity_recall": 0.5, "entity_f1": 0.5}
     assert entity_scores([["O"]], [["O"]])["entity_f1"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("O", "B-PER", "I-PER"), True),
+        (("S-人名", "O"), True),
+        (("0", "1", "2", "3"), False),
+        (("DET", "NOUN"), False),
+        (("O", "B-PER", "X"), False),
+        (("O",), False),
+    ],
+)
+def test_entities_are_scored_only_where_tags_mark_them(labels: tuple[str, ...], expected: bool):
+    assert mark_entities(labels) is expected
+    judge = TagJudge(labels)
+    width = len(labels)
+    judge.add(([0.5] * 2, [[0, width - 1]], [[0, 0]]))
+    assert ("entity_f1" in judge.result([])) is expected
+    assert judge.result([])["accuracy"] == (0.5 if width > 1 else 1.0)
 
 
 def judged(logits: list[list[float]], labels: torch.Tensor) -> dict[str, float]:

@@ -16,6 +16,7 @@ from qft.data.packing import collate_packed, pack
 from qft.data.tasks import TASKS
 from qft.demo.job import BASE
 from qft.errors import RecipeError
+from qft.inputs import open_inputs
 from qft.lean.noise import install_noise
 from qft.models import ModelSpec, open_model
 from qft.packing_check import require_exact_packing
@@ -227,6 +228,28 @@ def test_a_packed_run_learns_what_the_plain_one_learns(tiny_llama: Path, tmp_pat
         run = qft.train(qft.build_recipe(job(folder, tiny_llama, packing=packing)))
         losses.append(run.metrics["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_packed_documents_of_plain_text_do_not_see_one_another(tiny_llama: Path, tmp_path: Path):
+    rows = tmp_path / "documents.jsonl"
+    texts = ["a first document", "another", "and a third one, longer than these"]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    values = job(tmp_path, tiny_llama, packing=True, max_steps=1)
+    values |= {"task": "text", "data": {"train": str(rows)}}
+    inputs = open_inputs(qft.build_recipe(values))
+    assert len(inputs.train.examples) == 3
+    model = prepare(opened(tiny_llama), build_strategy({"name": "lora"})).eval()
+    settings = {"step": 1, "micro_batch": 4, "pad_token_id": 0}
+    loss = accumulate_gradients(
+        model, inputs.train.examples, inputs.task, layout=Layout(pack_to=128), **settings
+    ).loss
+    sums = count = 0.0
+    for example in inputs.train.examples:
+        ids = torch.tensor([example.inputs["input_ids"]])
+        sums += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    assert float(loss) == pytest.approx(sums / count, rel=1e-5)
+    assert qft.train(qft.build_recipe(values)).folder.is_dir()
 
 
 def test_where_packing_cannot_be(tiny_llama: Path, tmp_path: Path):

@@ -80,6 +80,14 @@ def test_completions_cut_off():
     assert preflight("chat", mixed, None, TOKENIZER, Data(train="x", max_cut_share=0.5)) == []
 
 
+def test_completions_cut_off_entirely_count_too():
+    whole = examples(*[GOOD] * 9)
+    assert "1 of 10 examples, 1 of them" in refusal(ExampleSet(whole.examples, lost=1),
+                                                    max_cut_share=0.05).found  # fmt: skip
+    assert preflight("chat", ExampleSet(whole.examples, lost=1), None, TOKENIZER,
+                     Data(train="x")) == []  # fmt: skip
+
+
 def test_held_out_rows_that_are_trained_on():
     error = refusal(examples(GOOD), examples(GOOD))
     assert "not held out" in error.what
@@ -87,6 +95,36 @@ def test_held_out_rows_that_are_trained_on():
         "chat", examples(GOOD), examples(GOOD), TOKENIZER, Data(train="x", max_duplicate_share=1)
     )
     assert "1 of 1 held-out examples" in notes[0]
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ([0.0, 1.0], [1.0, 1.0]), ([1, 2], [0, 0])])
+def test_another_label_makes_no_other_row(labels):
+    parts = [ExampleSet([Example(0, {"input_ids": [5, 6], "labels": label})]) for label in labels]
+    assert "1 of 1 held-out examples" in refusal(*parts, task="classify").found
+    other = ExampleSet([Example(0, {"input_ids": [5, 7], "labels": labels[0]})])
+    assert preflight("classify", parts[0], other, TOKENIZER, Data(train="x")) == []
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_documents_are_compared_before_they_are_cut(packing, tiny_llama, tmp_path):
+    texts = [f"document {i} of some length" for i in range(6)]
+    values = recipe_values(tiny_llama, tmp_path, [{"text": text} for text in texts])
+    dev = tmp_path / "dev.jsonl"
+    values |= {"task": "text", "data": {**values["data"], "eval": str(dev)}}
+    values["train"]["packing"] = packing
+    dev.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[3:]))
+    with pytest.raises(DataError, match="not held out") as caught:
+        qft.check(qft.build_recipe(values))
+    assert "3 of 3 held-out documents" in caught.value.found
+    dev.write_text(json.dumps({"text": "another one"}))
+    assert qft.check(qft.build_recipe(values))["data"]["eval"]["examples"] == 1
+
+
+def test_tags_without_names_get_a_hint():
+    rows = examples(([5, 6], [0, 1])).examples
+    for labels, hints in ((("0", "1"), 1), (("O", "B-X"), 0)):
+        notes = preflight("token", ExampleSet(rows, labels), None, TOKENIZER, Data(train="x"))
+        assert sum("data.labels" in note for note in notes) == hints
 
 
 def test_all_problems_at_once():
@@ -152,6 +190,25 @@ def test_check_and_train_refuse_alike_with_exit_code_4(tiny_llama, tmp_path):
         assert result.exception.exit_code == 4
         assert "not held out" in result.exception.what
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["instruct", "token"])
+def test_too_many_cut_rows_are_refused(task, tiny_llama, tiny_bert, tmp_path):
+    if task == "instruct":
+        rows = [{"prompt": "why " * (40 if i else 1), "output": "so"} for i in range(10)]
+        wanted = "9 of 10 examples, 9 of them entirely"
+    else:  # the first word keeps its tag, the last loses it
+        rows = [{"tokens": ["x", "a" * (1 + 90 * (i > 0)), "b"], "tags": ["O", "B-X", "O"]}
+                for i in range(10)]  # fmt: skip
+        wanted = "9 of 10 examples, more"
+    base = tiny_llama if task == "instruct" else tiny_bert
+    values = recipe_values(base, tmp_path, rows, too_long="truncate")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps({**values, "task": task}))
+    result = CliRunner().invoke(app, ["check", str(path)])
+    assert isinstance(result.exception, DataError)
+    assert result.exception.exit_code == 4
+    assert wanted in result.exception.found
 
 
 def test_check_on_the_command_line(tiny_llama, tmp_path):

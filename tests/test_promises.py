@@ -22,15 +22,15 @@ README = REPOSITORY / "README.md"
 
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
-    errors files progress quiet_libraries hardware
+    errors scripts files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
     lean.dropout lean.noise lean.model_parts lean.prefix_attention
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
-    data.encoding data.columns data.readers data.sources data.chat data.examples data.language
-    data.seq2seq data.classify data.extract data.tagging data.packing data.augment
-    data.tasks data.preflight inputs
+    data.encoding data.columns data.messages data.readers data.sources data.template data.chat
+    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
+    data.augment data.splits data.tasks data.preflight inputs
     preparation task_loss step checkpoints run_folder first_step trainer run_watch
-    metrics.answers metrics.entities metrics.texts code_execution
+    metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out
     merging.side_files merging.tensors merging.merge

@@ -16,13 +16,13 @@ from adapters.lora import LoRA
 from qft.data.columns import find_columns
 from qft.data.encoding import UNSUPERVISED
 from qft.data.examples import EncodeSettings
-from qft.data.tasks import TASKS
+from qft.data.tasks import TASKS, load_examples
 from qft.errors import DataError, ModelError
 from qft.evaluation import evaluate
 from qft.generation import generate
 from qft.models import ModelSpec, longest_input, open_model, open_tokenizer
 from qft.preparation import prepare
-from qft.recipe import Columns
+from qft.recipe import Columns, Data
 from qft.scoring import evaluate as score
 from qft.step import accumulate_gradients
 from qft.strategy import Context
@@ -214,3 +214,44 @@ def test_rows_that_cannot_be_used(tiny_t5):
     cut = encoded(tiny_t5, max_length=8, too_long="truncate")
     assert [example.cut for example in cut] == [True, True, True, False]
     assert max(len(e.inputs["input_ids"]) for e in cut) == 8
+
+
+@pytest.fixture(scope="module")
+def byt5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random tiny ByT5; its tokenizer is written in Python and has no offsets."""
+    from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("tiny-byt5")
+    config = T5Config(
+        vocab_size=384, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_decoder_layers=1,
+        num_heads=4, dropout_rate=0.0, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_without_offsets(byt5, tmp_path):
+    rows = encoded(byt5)
+    pairs = zip(rows, ROWS, strict=True)
+    assert [e.label_bytes for e, _ in pairs] == [len(row["target"].encode()) for row in ROWS]
+    cut = encoded(byt5, max_length=4, too_long="truncate")[0]
+    assert (cut.label_bytes, cut.cut) == (4, True)
+    run = qft.train(qft.build_recipe(job(byt5, tmp_path, train={"max_steps": 1, "max_length": 64})))
+    assert run.metrics["bits_per_byte"] > 0
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("token", {"tokens": ["a", "b"], "tags": ["O", "B-X"]}),
+        ("extract", {"question": "q", "context": "a b", "answers": "b"}),
+        ("instruct", {"prompt": "q", "output": "b"}),
+    ],
+)
+def test_a_task_that_needs_offsets_says_so(task, row, byt5, write_rows):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(byt5)
+    with pytest.raises(ModelError, match="which characters a token covers"):
+        load_examples(task, str(write_rows([row])), tokenizer, data=Data(train="x"), max_length=64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,25 @@ def test_rouge_by_hand():
     assert found["rouge_l"] == pytest.approx(2 * 2 / 8)
 
 
+def test_rouge_splits_words_as_its_usual_implementations_do():
+    # the, cat / the, dog: articles are words; SQuAD's measure drops them
+    found = text_scores(["The cat"], ["the dog"])
+    assert found["rouge_1"] == pytest.approx(2 * 1 / 4)
+    assert found["rouge_l"] == pytest.approx(2 * 1 / 4)
+    # don, t, stop, well, known / well, known, don, t: marks part words
+    found = text_scores(["Don't stop well-known"], ["well_known, don't"])
+    assert found["rouge_1"] == pytest.approx(2 * 4 / 9)
+    assert found["rouge_2"] == pytest.approx(2 * 2 / (4 + 3))
+    assert found["rouge_l"] == pytest.approx(2 * 2 / 9)
+
+
+def test_rouge_of_other_scripts():
+    found = text_scores(["我用iPhone 15,很好"], ["我用iPhone,好"])  # 6 and 4 words, 4 shared
+    assert found["rouge_1"] == pytest.approx(2 * 4 / 10)
+    assert found["rouge_2"] == pytest.approx(2 * 2 / 8)
+    assert text_scores(["Grüße an हिन्दी"], ["grüße हिन्दी"])["rouge_1"] == pytest.approx(2 * 2 / 5)
+
+
 def test_bleu_is_sacrebleus_in_the_references_own_script():
     import sacrebleu
 
@@ -59,6 +80,7 @@ def test_code_passes_its_own_tests_or_not():
     assert pass_rate([MBPP, MBPP], [good, bad]) == 0.5
     assert pass_rate([MBPP], [f"Here it is:\n```python\n{good}```\nDone."]) == 1.0
     assert pass_rate([HUMAN, HUMAN], ["    return 2 * x\n", "    return x\n"]) == 0.5
+    assert pass_rate([HUMAN], ["return 2 * x\n"]) == 0.0
     assert pass_rate([MBPP], ["this is no code ("]) == 0.0
     with pytest.raises(DataError, match="no tests"):
         program({"text": "x"}, "pass", 1)
@@ -71,13 +93,16 @@ def test_code_passes_its_own_tests_or_not():
         "import time; time.sleep(60)",
         "x = bytearray(2 * 1024**3)",
         "open('large', 'wb').write(b'0' * (4 * 2**20))",
-        "import os\nfor _ in range(200): os.fork()",
+        # one parent, so that a limit that fails to bind costs 400 sleepers and no more
+        "import os, time\nfor _ in range(400):\n    os.fork() or time.sleep(60)",
         "import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=2)",
         "import os; os.kill(OTHER, 9)",
     ],
 )
-def test_code_that_does_harm_fails_within_its_limits(text: str, tmp_path: Path):
+def test_code_that_does_harm_fails_within_its_limits(text: str, monkeypatch: pytest.MonkeyPatch):
     import socket
+
+    monkeypatch.setattr("qft.code_execution.SECONDS", 2)
 
     other = subprocess.Popen(["sleep", "60"])
     try:
@@ -88,6 +113,61 @@ def test_code_that_does_harm_fails_within_its_limits(text: str, tmp_path: Path):
     finally:
         other.kill()
         other.wait()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "import builtins; builtins.exec = builtins.compile = lambda *a, **k: None",
+        'x = """',  # the tests' own quotes must not close it
+        "import os\nos.read = os.write = None\nos._exit(0)",
+    ],
+)
+def test_a_program_that_leaves_before_its_tests_has_not_passed(code: str):
+    assert not passes(code, 'text = """"""\nassert False')
+
+
+def test_a_program_may_replace_what_it_likes():
+    assert passes("import os\nos.read = os.write = os._exit = None", "assert os.read is None")
+    typed = "import dataclasses\n@dataclasses.dataclass\nclass Point:\n    x: 'int' = 1\n"
+    assert passes(typed, "assert Point().x == 1 and __name__ == '__main__'")
+
+
+def commands() -> str:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(file.read_text(errors="replace"))
+    return "\n".join(found)
+
+
+def test_what_flees_into_a_session_of_its_own_dies_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("qft.code_execution.SECONDS", 1)
+    mark = f"61.{os.getpid()}"
+    code = f"""
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    os.fork() or os.execv('/bin/sleep', ['sleep', '{mark}'])
+"""
+    assert "sleep" in os.listdir("/bin")
+    assert not passes(f"{code}\ntime.sleep(60)")
+    assert mark not in commands()
+    assert passes(code)  # and where the program itself ends in time
+    assert mark not in commands()
+
+
+def test_what_is_started_is_counted(monkeypatch: pytest.MonkeyPatch):
+    if not Path("/proc/sys/kernel/ns_last_pid").exists():
+        pytest.skip("this kernel does not tell the last process's number")
+    # one after the other: the limit on those at once cannot be what stops them
+    code = "import os\nfor _ in range({}):\n    os.fork() or os._exit(0)\n    os.wait()"
+    monkeypatch.setattr("qft.code_execution._STARTED", 50)
+    assert passes(code.format(20))
+    assert not passes(code.format(2000))
 
 
 def test_nothing_is_left_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -140,6 +220,21 @@ def test_code_is_run_only_when_asked(run: Path):
     assert asked["pass_at_1"] == 0.0  # "aa" is no defined name
     with pytest.raises(RecipeError, match="are written"):
         qft.evaluate(str(run), execute_code=True)
+
+
+def test_code_is_run_as_it_was_written(monkeypatch: pytest.MonkeyPatch):
+    from torch import nn
+
+    from qft import written
+    from qft.data.examples import Example, Written
+
+    texts = ["    return 2 * x\n", "return 2 * x\n"]
+    monkeypatch.setattr(written, "generate", lambda *_, **__: texts)
+    asked = [Example(i, {}, truth=Written("p", "    return 2 * x", HUMAN)) for i in range(2)]
+    scores, rows = written.write_and_score(nn.Identity(), None, asked, execute_code=True)
+    assert scores["pass_at_1"] == 0.5
+    assert scores["exact_match"] == 1.0
+    assert rows[0]["prediction"] == "return 2 * x"
 
 
 def test_a_task_without_answers_has_nothing_to_write(

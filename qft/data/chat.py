@@ -14,97 +14,19 @@ the assistant becomes a sequence of its own that ends there, which is what gener
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from qft.data.columns import Message
 from qft.data.encoding import UNSUPERVISED, Encoded, Span, supervise, tokenize
-from qft.errors import DataError, ModelError, QftError
+from qft.data.messages import Message
+from qft.data.template import Tools, apply_template, render
+from qft.errors import DataError, QftError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
-Tools = Sequence[Mapping[str, Any]] | None
+_PROBE = "qftwherewordsbegin"
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-
-
-def has_template(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer has a chat template."""
-    return bool(tokenizer.chat_template)
-
-
-def require_template(tokenizer: Tokenizer) -> None:
-    """Refuses a tokenizer without a chat template.
-
-    Raises:
-        DataError: it has none.
-    """
-    if not has_template(tokenizer):
-        raise DataError(
-            "This model's tokenizer has no chat template, so conversations cannot be rendered.",
-            where=getattr(tokenizer, "name_or_path", None),
-            fix="take the instruct or chat version of the model, put a chat_template.jinja into "
-            "its folder, or train with task: instruct",
-        )
-
-
-def render(
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = False,
-    tools: Tools = None,
-) -> str:
-    """The conversation as the template writes it, by transformers' sandboxed renderer.
-
-    Args:
-        tools: descriptions of the functions the model may call, for templates that show them.
-
-    Raises:
-        DataError: no template, or one that does not accept these messages.
-        ModelError: the template is broken, or reaches for what the sandbox forbids.
-    """
-    require_template(tokenizer)
-    # As a batch of one: transformers refuses a bare empty list, which is the prefix of a
-    # conversation that the assistant opens.
-    return str(
-        _apply(
-            tokenizer,
-            [list(messages)],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            tools=list(tools) if tools else None,
-        )[0]
-    )
-
-
-def _apply(tokenizer: Tokenizer, conversations: list[list[Message]], **settings: Any) -> Any:
-    from jinja2.exceptions import SecurityError, TemplateSyntaxError
-
-    where = getattr(tokenizer, "name_or_path", None)
-    try:
-        return tokenizer.apply_chat_template(conversations, **settings)
-    except SecurityError as error:
-        raise ModelError(
-            "The model's chat template reaches for what a template must not touch.",
-            where=where,
-            found=_excerpt(error),
-            fix="do not use this model; its template tries to run code",
-        ) from None
-    except TemplateSyntaxError as error:
-        raise ModelError(
-            "The model's chat template is broken.",
-            where=f"{where}, line {error.lineno} of the template",
-            found=_excerpt(error),
-        ) from None
-    except Exception as error:  # the template is a foreign program and may fail in any way
-        raise DataError(
-            "The model's chat template does not accept a conversation.",
-            where=where,
-            found=_excerpt(error),
-            fix="bring the messages into the order it asks for (many want user and assistant in "
-            "turn, and some know no system message)",
-        ) from None
 
 
 def mask_assistant(
@@ -209,10 +131,44 @@ def _spans_by_prefix(
         except QftError as error:
             return None, f"it cannot render the first messages alone: {error.found}"
         end = len(turn) if text.startswith(turn) else _common_end(tokenizer, turn, text)
-        if not (text.startswith(head) and turn.startswith(head)) or end <= len(head):
+        if not turn.startswith(head):
+            prompt = head
+            head = _head_of_turn(tokenizer, messages[:i], turn, prompt, tools)
+            if not head:
+                return None, f"message {i + 1} does not begin as the generation prompt, which "\
+                    f"ends in {prompt[-40:]!r}"  # fmt: skip
+        if not text.startswith(head) or end <= len(head):
             return None, f"it renders message {i + 1} otherwise once others follow"
         spans.append((len(head), end))
     return spans, ""
+
+
+def _head_of_turn(
+    tokenizer: Tokenizer, before: Sequence[Message], turn: str, prompt: str, tools: Tools
+) -> str:
+    """What stands before an answer where the generation prompt goes on beyond it; "" if unclear.
+
+    Some thinking models' prompts open the thoughts (`<think>`) that their templates take out of
+    finished turns. Words that no template knows show where the answer itself begins.
+    """
+    try:
+        probe = render(tokenizer, [*before, {"role": "assistant", "content": _PROBE}], tools=tools)
+    except QftError:
+        return ""
+    head = probe[: probe.find(_PROBE)] if probe.count(_PROBE) == 1 else ""
+    return head if head and turn.startswith(head) and prompt.startswith(head) else ""
+
+
+def prompted_beyond(tokenizer: Tokenizer) -> str:
+    """What the generation prompt writes that no finished turn holds; "" for most templates."""
+    asked = [{"role": "user", "content": "a"}]
+    try:
+        prompt = render(tokenizer, asked, add_generation_prompt=True)
+        turn = render(tokenizer, [*asked, {"role": "assistant", "content": _PROBE}])
+    except QftError:
+        return ""
+    head = _head_of_turn(tokenizer, asked, turn, prompt, None)
+    return prompt[len(head) :] if head else ""
 
 
 def _common_end(tokenizer: Tokenizer, turn: str, text: str) -> int:
@@ -245,7 +201,7 @@ def _spans_by_marks(
     """The same from the template's `{% generation %}` marks; None where it has none."""
     if not _MARKS.search(tokenizer.get_chat_template()):
         return None
-    out = _apply(
+    out = apply_template(
         tokenizer,
         [list(messages)],
         return_dict=True,
@@ -298,8 +254,3 @@ def terminators(tokenizer: Tokenizer) -> list[int]:
     except QftError:
         return []
     return [label for label in encoded.labels if label != UNSUPERVISED][-1:]
-
-
-def _excerpt(error: BaseException) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]!r:.200}"

@@ -1,15 +1,12 @@
-"""Which column holds what, by the field's usual names, and the conversations' usual forms."""
+"""Which column holds what, by the field's usual names."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qft.errors import DataError
 from qft.recipe import Columns
-
-Message = dict[str, Any]  # role and content; a call of tools or its answer has more
 
 # For each task: role → the names that columns with it usually have, the surest first.
 USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -56,26 +53,6 @@ USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 OPTIONAL = {("instruct", "input"), ("chat", "tools"), ("classify", "text_pair")}
-
-_ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "agent_1": "user",  # Topical-Chat: two people, named by who speaks first
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "agent_2": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-_ROLE_KEYS = ("role", "from", "speaker", "agent")
-_CONTENT_KEYS = ("content", "value", "text", "message")
 
 
 def find_columns(
@@ -160,10 +137,11 @@ def text_in(row: Mapping[str, Any], column: str, number: int) -> str:
     Raises:
         DataError: it is no text, or text that UTF-8 cannot write.
     """
-    return _require_text(row[column], f"row {number}, column {column!r}")
+    return require_text(row[column], f"row {number}, column {column!r}")
 
 
-def _require_text(value: Any, where: str) -> str:
+def require_text(value: Any, where: str) -> str:
+    """The value, if it is a text that UTF-8 can write; else a DataError."""
     if not isinstance(value, str):
         raise DataError(
             "A text is needed here.", where=where, found=f"{type(value).__name__}: {value!r:.80}"
@@ -177,79 +155,3 @@ def _require_text(value: Any, where: str) -> str:
             found=f"{value[error.start : error.end]!r} at character {error.start}",
         ) from None
     return value
-
-
-def read_messages(value: Any, number: int) -> list[Message]:
-    """A conversation as ``[{"role": …, "content": …}, …]``.
-
-    Known are OpenAI's form (role, content) and ShareGPT's (from, value; human, gpt), and the names
-    dialogue corpora use; of Topical-Chat's two people, agent_2 is the assistant.
-
-    Raises:
-        DataError: not a conversation, or one with content that is no text.
-    """
-    if not isinstance(value, (list, tuple)) or not value:
-        raise DataError(
-            "A conversation is a list of messages.",
-            where=f"row {number}",
-            found=f"{type(value).__name__}: {value!r:.80}",
-            fix='[{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
-        )
-    return [_read_message(m, f"row {number}, message {i}") for i, m in enumerate(value, start=1)]
-
-
-def _read_message(message: Any, where: str) -> Message:
-    keys: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
-    role_key = next((key for key in _ROLE_KEYS if keys.get(key) is not None), None)
-    content_key = next((key for key in _CONTENT_KEYS if keys.get(key) is not None), None)
-    calls = keys.get("tool_calls")
-    if role_key is None or (content_key is None and not calls):
-        raise DataError(
-            "A message needs a role and its words.",
-            where=where,
-            found=f"{message!r:.80}",
-            fix='{"role": "user", "content": "…"} or {"from": "human", "value": "…"}',
-        )
-    role = _ROLES.get(str(message[role_key]).lower())
-    if role is None:
-        raise DataError(
-            "The role of a message is not known.",
-            where=where,
-            found=f"{message[role_key]!r:.80}",
-            fix=f"one of {', '.join(_ROLES)}",
-        )
-    words = _require_text(message[content_key], where) if content_key is not None else ""
-    extra = {key: keys[key] for key in ("name", "tool_call_id") if keys.get(key) is not None}
-    if calls:
-        extra["tool_calls"] = [_read_call(call, where) for call in _as_list(calls, where)]
-    return {"role": role, "content": words, **extra}
-
-
-def _as_list(calls: Any, where: str) -> list[Any]:
-    if not isinstance(calls, (list, tuple)):
-        raise DataError("tool_calls is no list.", where=where, found=f"{calls!r:.80}")
-    return list(calls)
-
-
-def _read_call(call: Any, where: str) -> dict[str, Any]:
-    """A call in OpenAI's form; templates want its arguments as values, files hold them as text."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise DataError(
-            "A call of a tool needs the function's name.",
-            where=where,
-            found=f"{call!r:.80}",
-            fix='{"type": "function", "function": {"name": "…", "arguments": {…}}}',
-        )
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise DataError(
-                "The arguments of a tool's call are no JSON.", where=where,
-                found=f"{arguments!r:.80}",
-            ) from None  # fmt: skip
-    named = {"name": function["name"], "arguments": arguments}
-    identity = {"id": call["id"]} if call.get("id") is not None else {}
-    return {**identity, "type": "function", "function": named}

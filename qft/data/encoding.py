@@ -45,11 +45,11 @@ class Encoded:
         return Encoded(self.input_ids[start:stop], self.labels[start:stop], self.sizes[start:stop])
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
-    """Tokens of ``text``, without added special ones, and the characters each covers.
+def require_offsets(tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that cannot tell which characters a token covers.
 
     Raises:
-        ModelError: a tokenizer that cannot tell which characters a token covers.
+        ModelError: it is one.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -59,6 +59,15 @@ def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
             found=type(tokenizer).__name__,
             fix="a model folder with a tokenizer.json",
         )
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[Span]]:
+    """Tokens of ``text``, without added special ones, and the characters each covers.
+
+    Raises:
+        ModelError: see `require_offsets`.
+    """
+    require_offsets(tokenizer)
     encoded: Any = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
@@ -130,6 +139,20 @@ def token_bytes(
         elif ids[first] not in special:
             sizes[first] = total
         cursor, first = end, last + 1
+    return sizes
+
+
+def shared_bytes(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[int]:
+    """As `token_bytes`, where offsets are not to be had: all tokens stand for about as many.
+
+    They add up to the bytes of ``text``, and are exact where each token is a byte (ByT5).
+    """
+    special = set(tokenizer.all_special_ids)
+    places = [i for i, token in enumerate(ids) if token not in special]
+    sizes = [0] * len(ids)
+    total = len(text.encode("utf-8"))
+    for nth, place in enumerate(places):
+        sizes[place] = (nth + 1) * total // len(places) - nth * total // len(places)
     return sizes
 
 

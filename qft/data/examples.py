@@ -29,11 +29,13 @@ class Written:
         prompt: a text, or the conversation up to the answer.
         reference: the answer.
         row: the whole row, for tests that it may hold.
+        tools: what the conversation's template shows of functions to call.
     """
 
     prompt: str | list[dict[str, Any]]
     reference: str
     row: Mapping[str, Any]
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Example:
             shifted; or the class (int), the classes' zeros and ones, a number (float), a span.
         label_bytes: UTF-8 bytes of the supervised text, for bits per byte; 0 for a class.
         cut: whether `data.too_long: truncate` cut supervised tokens off.
+        lost: it cut off all of them; such an example is counted and left out.
         truth: what the evaluation needs beside the labels: `Written`, or
             `qft.data.extract.Window`.
     """
@@ -55,6 +58,7 @@ class Example:
     label_bytes: int = 0
     cut: bool = False
     truth: Any = None
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class EncodeSettings:
         supervise: all of the assistant's turns, or the last alone (chat).
         labels_are: one class a row, several, or a number (classify).
         stride: tokens that two windows of a long context share, at most (extract).
+        packed: examples will share rows, so that none need be filled up (text).
     """
 
     columns: Mapping[str, str]
@@ -80,6 +85,7 @@ class EncodeSettings:
     supervise: Literal["all", "last"] = "all"
     labels_are: LabelKind = "one"
     stride: int = 128
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +98,8 @@ class ExampleSet:
         notes: facts for people, such as how many rows were dropped.
         fingerprint: SHA-256 of the encoded examples.
         labels_are: one class a row, several, or a number (classify).
+        lost: how many were left out because the cut left nothing to learn.
+        documents: a digest of each whole text, where examples are parts of texts.
     """
 
     examples: list[Example]
@@ -99,6 +107,8 @@ class ExampleSet:
     notes: list[str] = field(default_factory=list)
     fingerprint: str = ""
     labels_are: LabelKind = "one"
+    lost: int = 0
+    documents: tuple[str, ...] = ()
 
     def first(self, limit: int | None) -> ExampleSet:
         """At most ``limit`` examples, from the beginning."""
@@ -119,6 +129,12 @@ def fingerprint(examples: Sequence[Example]) -> str:
             digest.update(f"{name}{len(numbers)}:".encode())
             digest.update(numbers.tobytes())
     return digest.hexdigest()
+
+
+def inputs_fingerprint(example: Example) -> str:
+    """SHA-256 of what the model is given; what it should answer may differ."""
+    inputs = {name: value for name, value in example.inputs.items() if name != "labels"}
+    return fingerprint([replace(example, inputs=inputs)])
 
 
 class Task(ABC):
@@ -246,19 +262,14 @@ def language_examples(
             )
     lengths = [len(sequence.input_ids) for _, sequence, _ in encoded]
     dropped = fit_lengths(lengths, [number for number, _, _ in encoded], settings, notes)
-    examples, cut_empty = [], 0
+    examples = []
     for position, (_, sequence, written) in enumerate(encoded):
         if position in dropped:
             continue
         kept = sequence.cut(0, settings.max_length)
-        if kept.supervised == 0:
-            cut_empty += 1
-            continue
         whole = kept.supervised == sequence.supervised
-        index = settings.index_offset + position
-        examples.append(example_of(kept, index, cut=not whole, truth=written))
-    if cut_empty:
-        notes.append(f"{cut_empty} of {len(encoded)} rows dropped: the cut left nothing to learn")
+        example = example_of(kept, settings.index_offset + position, cut=not whole, truth=written)
+        examples.append(replace(example, lost=kept.supervised == 0))
     return examples
 
 

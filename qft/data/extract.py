@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qft.data.columns import text_in
+from qft.data.encoding import require_offsets
 from qft.data.examples import EncodeSettings, Example, NumberedRow, Task, padded_inputs
 from qft.errors import DataError
 
@@ -63,6 +64,7 @@ class ExtractTask(Task):
         notes: list[str],
     ) -> list[Example]:
         """One example a window; a context longer than the model takes has several."""
+        require_offsets(tokenizer)
         examples: list[Example] = []
         for number, row in rows:
             examples += self._windows(number, row, tokenizer, settings, len(examples))

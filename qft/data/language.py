@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from qft.data.chat import encode_chat, encode_turns, has_template, require_template
-from qft.data.columns import Message, read_messages, text_in
+from qft.data.chat import encode_chat, encode_turns, prompted_beyond
+from qft.data.columns import text_in
 from qft.data.encoding import (
     UNSUPERVISED,
     Encoded,
@@ -27,6 +27,8 @@ from qft.data.examples import (
     example_of,
     language_examples,
 )
+from qft.data.messages import REASONING, Message, read_messages, read_tools
+from qft.data.template import has_template, require_template
 from qft.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,7 +53,11 @@ class LanguageTask(Task):
 
 
 class TextTask(LanguageTask):
-    """Plain text: the documents one after the other, cut into blocks, every token supervised."""
+    """Plain text, every token supervised: in blocks that run on, or packed document by document.
+
+    A block holds the end of one document and the beginning of the next, which sees the former.
+    With `train.packing` a document is an example of its own and sees nothing but itself.
+    """
 
     name = "text"
 
@@ -62,37 +68,66 @@ class TextTask(LanguageTask):
         settings: EncodeSettings,
         notes: list[str],
     ) -> list[Example]:
-        """Blocks of ``max_length`` tokens.
+        """Blocks of ``max_length`` tokens, or documents in pieces no longer than that.
 
-        A document begins with bos where the tokenizer gives it one, and eos stands between
-        documents. The last block may be shorter; a single token is no block.
+        A document begins with bos where the tokenizer gives it one; eos stands between documents
+        in blocks, and after each of several that are packed. The last block or piece may be
+        shorter; a single token is none.
         """
-        ids: list[int] = []
-        sizes: list[int] = []
-        prefix = bos_prefix(tokenizer)
-        eos = tokenizer.eos_token_id
-        for number, row in rows:
-            text = text_in(row, settings.columns["text"], number)
-            tokens, offsets = tokenize(tokenizer, text)
-            if not tokens:
-                continue
-            if ids and isinstance(eos, int) and ids[-1] != eos:
-                ids.append(eos)
-                sizes.append(0)
-            if prefix and tokens[:1] != prefix:  # the text may bring its own
-                ids += prefix
-                sizes.append(0)
-            ids += tokens
-            sizes += token_bytes(tokenizer, text, tokens, offsets)
-        whole = Encoded(ids, ids, sizes)
-        length = settings.max_length
-        starts = [start for start in range(0, len(ids), length) if len(ids) - start >= 2]
-        if starts:
-            notes.append(f"{len(ids)} tokens in {len(starts)} blocks of up to {length}")
-        return [
-            example_of(whole.cut(start, start + length), settings.index_offset + i)
-            for i, start in enumerate(starts)
+        documents = [
+            document
+            for number, row in rows
+            if (document := _document(tokenizer, text_in(row, settings.columns["text"], number)))
         ]
+        several = len(documents) > 1
+        if settings.packed:
+            wholes = [_ended(tokenizer, d) for d in documents] if several else documents
+        else:
+            ended = [_ended(tokenizer, document) for document in documents[:-1]]
+            wholes = [_joined([*ended, *documents[-1:]])]
+        length = settings.max_length
+        pieces = [
+            whole.cut(start, start + length)
+            for whole in wholes
+            for start in range(0, len(whole.input_ids), length)
+            if len(whole.input_ids) - start >= 2
+        ]
+        if pieces:
+            tokens = sum(len(whole.input_ids) for whole in wholes)
+            kind = (
+                f"examples, none across {len(wholes)} documents," if settings.packed else "blocks"
+            )
+            notes.append(f"{tokens} tokens in {len(pieces)} {kind} of up to {length}")
+        if several and not settings.packed:
+            notes.append("blocks run on from one document to the next, which sees the former; "
+                         "train.packing: true keeps documents apart")  # fmt: skip
+        return [example_of(piece, settings.index_offset + i) for i, piece in enumerate(pieces)]
+
+
+def _document(tokenizer: Tokenizer, text: str) -> Encoded | None:
+    """A text as the tokenizer begins it; None without a token."""
+    tokens, offsets = tokenize(tokenizer, text)
+    if not tokens:
+        return None
+    prefix = bos_prefix(tokenizer)
+    prefix = [] if tokens[:1] == prefix else prefix  # the text may bring its own
+    ids = prefix + tokens
+    sizes = [0] * len(prefix) + token_bytes(tokenizer, text, tokens, offsets)
+    return Encoded(ids, ids, sizes)
+
+
+def _ended(tokenizer: Tokenizer, document: Encoded) -> Encoded:
+    """The same with eos behind it, where there is one and the text does not bring it."""
+    eos = tokenizer.eos_token_id
+    if not isinstance(eos, int) or document.input_ids[-1] == eos:
+        return document
+    ids = [*document.input_ids, eos]
+    return Encoded(ids, ids, [*document.sizes, 0])
+
+
+def _joined(documents: Sequence[Encoded]) -> Encoded:
+    ids = [token for document in documents for token in document.input_ids]
+    return Encoded(ids, ids, [size for document in documents for size in document.sizes])
 
 
 class InstructTask(LanguageTask):
@@ -161,21 +196,39 @@ class ChatTask(LanguageTask):
                 f"{len(rows)} conversations became {len(encoded)} examples, one for each turn of "
                 "the assistant: the template renders a turn otherwise once others follow"
             )
+        notes += self._silences(tokenizer, rows, settings)
         return language_examples(encoded, settings, notes)
+
+    def _silences(
+        self, tokenizer: Tokenizer, rows: Sequence[NumberedRow], settings: EncodeSettings
+    ) -> list[str]:
+        """What the template keeps from the model."""
+        notes = []
+        column = settings.columns["messages"]
+        thoughts = sum(REASONING in m for number, row in rows
+                       for m in read_messages(row[column], number))  # fmt: skip
+        if thoughts and REASONING not in tokenizer.get_chat_template():
+            notes.append(f"{thoughts} messages have {REASONING}, which this template does not "
+                         "write: it is not trained on")  # fmt: skip
+        beyond = prompted_beyond(tokenizer)
+        if beyond:
+            notes.append(f"the generation prompt ends in {beyond!r}, which the template's finished "
+                         "turns do not hold: answers are trained without it")  # fmt: skip
+        return notes
 
     def _sequences(
         self, tokenizer: Tokenizer, row: Mapping[str, Any], number: int, settings: EncodeSettings
     ) -> list[tuple[Encoded, Written | None]]:
         """The last one asks for the last answer; a model that writes is judged by that."""
         messages = read_messages(row[settings.columns["messages"]], number)
-        tools = row.get(settings.columns.get("tools", "")) or None
+        tools = read_tools(row.get(settings.columns.get("tools", "")), number)
         last_only = settings.supervise == "last"
         sequences = _naming_the_row(
             number, lambda: encode_turns(tokenizer, messages, last_only=last_only, tools=tools)
         )
         written = None
         if messages[-1]["role"] == "assistant" and len(messages) > 1:
-            written = Written(messages[:-1], messages[-1]["content"], row)
+            written = Written(messages[:-1], messages[-1]["content"], row, tools)
         return [(s, written if s is sequences[-1] else None) for s in sequences]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from qft.data.chat import terminators
 from qft.data.encoding import UNSUPERVISED, end_token
-from qft.data.examples import Example, ExampleSet, fingerprint
+from qft.data.examples import Example, ExampleSet, inputs_fingerprint
 from qft.data.extract import Window
 from qft.errors import DataError
 from qft.recipe import Data
@@ -45,12 +45,15 @@ def preflight(
             continue
         labelled = part.examples if task_name not in _OF_ROWS else []
         problems += _unsupervised(name, labelled, task_name)
-        problems += _cut(name, part.examples, data)
+        problems += _cut(name, part, data)
         problems += _twice_begun(name, part.examples, tokenizer)
         if task_name in _ENDING:
             problems += _never_ended(name, labelled, task_name, tokenizer)
     repeated, notes = _repeated(training, held_out, data)
     problems += repeated
+    if task_name == "token" and training.labels and all(map(str.isdigit, training.labels)):
+        notes.append("the tags are numbers: entities are scored only where data.labels names them "
+                     "in order (O, B-PER, I-PER, …)")  # fmt: skip
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -72,14 +75,17 @@ def _unsupervised(name: str, examples: Sequence[Example], task_name: str) -> lis
     )]  # fmt: skip
 
 
-def _cut(name: str, examples: Sequence[Example], data: Data) -> list[DataError]:
-    cut = sum(example.cut for example in examples)
-    if cut <= data.max_cut_share * len(examples):
+def _cut(name: str, part: ExampleSet, data: Data) -> list[DataError]:
+    """Completions cut short or cut off entirely; the latter are no examples any more."""
+    rows = len(part.examples) + part.lost
+    cut = sum(example.cut for example in part.examples) + part.lost
+    if cut <= data.max_cut_share * rows:
         return []
+    entirely = f", {part.lost} of them entirely" if part.lost else ""
     return [DataError(
         "Truncation cuts off the completion of too many rows; they would never teach an ending.",
         where=name,
-        found=f"{cut} of {len(examples)} examples, more than {data.max_cut_share:.0%}",
+        found=f"{cut} of {rows} examples{entirely}, more than {data.max_cut_share:.0%}",
         fix="a larger train.max_length, data.too_long: drop, or a larger data.max_cut_share",
     )]  # fmt: skip
 
@@ -131,22 +137,36 @@ def _ends_unsupervised(example: Example, ends: set[int]) -> bool:
 def _repeated(
     training: ExampleSet, held_out: ExampleSet | None, data: Data
 ) -> tuple[list[DataError], list[str]]:
-    """Held-out rows that are training rows: a metric on them measures memory."""
+    """Held-out rows that are training rows: a metric on them measures memory.
+
+    Compared is what the model is given, as another label makes no new row. Plain text is compared
+    by documents as well: its blocks begin elsewhere in each part.
+    """
     if held_out is None:
         return [], []
-    known = {fingerprint([example]) for example in training.examples}
-    twice = [e.index for e in held_out.examples if fingerprint([e]) in known]
-    if not twice:
-        return [], []
-    found = f"{len(twice)} of {len(held_out.examples)} held-out examples are training examples too"
-    if len(twice) <= data.max_duplicate_share * len(held_out.examples):
-        return [], [found]
-    return [DataError(
-        "The held-out rows are not held out: what they measure would be memory.",
-        where=f"eval, example {twice[0] + 1}" + (" is the first" if len(twice) > 1 else ""),
-        found=f"{found}, more than {data.max_duplicate_share:.1%}",
-        fix="other rows in data.eval, or a larger data.max_duplicate_share",
-    )], []  # fmt: skip
+    notes: list[str] = []
+    known, asked = ([inputs_fingerprint(e) for e in p.examples] for p in (training, held_out))
+    own = [example.index for example in held_out.examples]
+    documents = held_out.documents
+    for what, before, after, numbers in (
+        ("document", training.documents, documents, list(range(len(documents)))),
+        ("example", tuple(known), tuple(asked), own),
+    ):
+        seen = set(before)
+        twice = [n + 1 for n, digest in zip(numbers, after, strict=True) if digest in seen]
+        if not twice:
+            continue
+        found = f"{len(twice)} of {len(after)} held-out {what}s are training {what}s too"
+        if len(twice) > data.max_duplicate_share * len(after):
+            return [DataError(
+                "The held-out rows are not held out: what they measure would be memory.",
+                where=f"eval, {what} {twice[0]}"
+                + (" is the first" if len(twice) > 1 else ""),
+                found=f"{found}, more than {data.max_duplicate_share:.1%}",
+                fix="other rows in data.eval, or a larger data.max_duplicate_share",
+            )], []  # fmt: skip
+        notes.append(found)
+    return [], notes
 
 
 Piece = tuple[str, bool]  # text, and whether the loss is on it

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qft.data.columns import text_in
-from qft.data.encoding import UNSUPERVISED, end_token, token_bytes
+from qft.data.encoding import UNSUPERVISED, end_token, shared_bytes, token_bytes
 from qft.data.examples import (
     EncodeSettings,
     Example,
@@ -105,13 +105,19 @@ def encode_target(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]
             where=getattr(tokenizer, "name_or_path", None),
             fix="set eos_token in the model's tokenizer_config.json",
         )
+    fast = tokenizer.is_fast
     encoded: Any = tokenizer(
-        text_target=text, add_special_tokens=True, return_offsets_mapping=True, verbose=False
+        text_target=text, add_special_tokens=True, return_offsets_mapping=fast, verbose=False
     )
-    ids, offsets = list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    ids = list(encoded["input_ids"])
+    # the offsets are for counting bytes alone, so that a tokenizer without them will do
+    sizes = (
+        token_bytes(tokenizer, text, ids, encoded["offset_mapping"])
+        if fast
+        else shared_bytes(tokenizer, text, ids)
+    )
     if tokenizer.eos_token_id is None and ids[:1] == [tokenizer.cls_token_id]:
-        ids, offsets = ids[1:], offsets[1:]  # BERT's first token is what the decoder begins with
-    sizes = token_bytes(tokenizer, text, ids, offsets)
+        ids, sizes = ids[1:], sizes[1:]  # BERT's first token is what the decoder begins with
     return (ids, sizes) if ids[-1:] == [end] else ([*ids, end], [*sizes, 0])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qft.data.classify import label_name
-from qft.data.encoding import UNSUPERVISED
+from qft.data.encoding import UNSUPERVISED, require_offsets
 from qft.data.examples import (
     EncodeSettings,
     Example,
@@ -53,18 +53,26 @@ class TokenTask(Task):
     ) -> list[Example]:
         """One example a row; `labels` are tags' places in ``settings.labels``, else -100."""
         assert settings.labels is not None
+        require_offsets(tokenizer)
         place = {str(i): i for i in range(len(settings.labels))}  # numbers, named by data.labels
         place |= {name: i for i, name in enumerate(settings.labels)}
         encoded = [self._encode(number, row, tokenizer, settings, place) for number, row in rows]
         numbers = [number for number, _ in rows]
         dropped = fit_lengths([len(ids) for ids, _ in encoded], numbers, settings, notes)
-        limit, examples = settings.max_length, []
+        limit, examples, empty = settings.max_length, [], 0
         for position, (ids, labels) in enumerate(encoded):
-            if position in dropped or set(labels[:limit]) == {UNSUPERVISED}:
+            if position in dropped:
                 continue
-            cut = len(ids) > limit
+            lost = set(labels[:limit]) <= {UNSUPERVISED}
+            if lost and set(labels) <= {UNSUPERVISED}:  # not by the cut: no words at all
+                empty += 1
+                continue
+            cut = labels[limit:] != [UNSUPERVISED] * len(labels[limit:])
             inputs = {"input_ids": ids[:limit], "labels": labels[:limit]}
-            examples.append(Example(settings.index_offset + position, inputs, cut=cut))
+            index = settings.index_offset + position
+            examples.append(Example(index, inputs, cut=cut, lost=lost))
+        if empty:
+            notes.append(f"{empty} of {len(rows)} rows dropped: no word that the tokenizer knows")
         return examples
 
     def _encode(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from qft.data.augment import augmented
 from qft.data.classify import ClassifyTask
@@ -23,6 +23,7 @@ from qft.data.extract import ExtractTask
 from qft.data.language import ChatTask, InstructTask, TextTask
 from qft.data.seq2seq import Seq2SeqTask
 from qft.data.sources import read_rows
+from qft.data.splits import limited, require_foldable, split_fold, split_rows, split_text
 from qft.data.tagging import TokenTask
 from qft.errors import DataError
 from qft.recipe import Data, Recipe
@@ -55,8 +56,6 @@ TASKS: dict[str, Task] = {
     )
 }
 
-_Item = TypeVar("_Item")
-
 
 def load_examples(
     task_name: str,
@@ -69,6 +68,7 @@ def load_examples(
     limit: int | None = None,
     index_offset: int = 0,
     split: str = "train",
+    packed: bool = False,
 ) -> ExampleSet:
     """Reads and encodes one source.
 
@@ -81,6 +81,7 @@ def load_examples(
         limit: at most so many rows.
         index_offset: number of the first example.
         split: of a hub data set.
+        packed: as `train.packing` says.
 
     Raises:
         DataError: the data cannot be read or does not fit the task.
@@ -96,6 +97,7 @@ def load_examples(
         labels=labels,
         index_offset=index_offset,
         source=source,
+        packed=packed,
     )
 
 
@@ -123,19 +125,32 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
     held_out: list[NumberedRow] | None = None
     if shared:
         if data.fold is not None:
+            if (
+                data.labels is None
+                and _label_kind(TASKS[task_name], rows, columns, data) != "number"
+            ):
+                require_foldable(rows, columns.get("label"))
             rows, held_out = split_fold(rows, data.fold, seed, columns.get("label"))
         elif task_name == "text" and len(rows) == 1:
-            rows, held_out = _split_text(rows[0][1], columns["text"], data.eval_share)
+            rows, held_out = split_text(rows[0][1], columns["text"], data.eval_share)
         else:
             rows, held_out = split_rows(rows, data.eval_share, seed)
         held_out = held_out[: data.eval_limit]
-    rows = _limited(rows, data.limit, columns, seed)
+    rows = limited(rows, data.limit, columns, seed)
     if data.augment.copies:
         texts = [columns[role] for role in ("text", "text_pair") if role in columns]
         mask_token: Any = getattr(tokenizer, "mask_token", None)
         rows = augmented(rows, texts, data.augment, seed=seed, mask_token=mask_token)
+    packed = recipe.train.packing
     training = _encode(
-        task_name, rows, columns, tokenizer, data=data, max_length=max_length, source=data.train
+        task_name,
+        rows,
+        columns,
+        tokenizer,
+        data=data,
+        max_length=max_length,
+        source=data.train,
+        packed=packed,
     )
     data = data.model_copy(update={"labels_are": training.labels_are})
     if held_out is not None:
@@ -148,6 +163,7 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
             max_length=max_length,
             labels=training.labels,
             source=f"{data.train} (held out)",
+            packed=packed,
         )
         return training, held
     if data.eval is None:
@@ -161,96 +177,9 @@ def load_train_eval(recipe: Recipe, tokenizer: Tokenizer) -> tuple[ExampleSet, E
         labels=training.labels,
         limit=data.eval_limit,
         split="validation",
+        packed=packed,
     )
     return training, held
-
-
-def split_rows(rows: Sequence[_Item], share: float, seed: int) -> tuple[list[_Item], list[_Item]]:
-    """Splits rows into those to train on and those to hold out.
-
-    The same rows, share and seed give the same split on every machine; both parts keep the order.
-
-    Args:
-        share: of the rows to hold out, in (0, 1); at least one row on either side.
-
-    Raises:
-        DataError: there are fewer than two rows.
-    """
-    if len(rows) < 2:
-        raise DataError(
-            "One row cannot be parted into training and held-out rows.",
-            where="data.eval_share",
-            found=f"{len(rows)} row",
-            fix="more rows, or rows of their own in data.eval",
-        )
-    count = min(max(1, round(len(rows) * share)), len(rows) - 1)
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    kept = [row for i, row in enumerate(rows) if i not in chosen]
-    return kept, [row for i, row in enumerate(rows) if i in chosen]
-
-
-def split_fold(
-    rows: Sequence[_Item], fold: str, seed: int, label: str | None = None
-) -> tuple[list[_Item], list[_Item]]:
-    """The rows outside and inside one fold; every row is in exactly one of the folds.
-
-    Args:
-        fold: ``2/5``, the second of five.
-        label: the column by which each fold gets its share of every class.
-
-    Raises:
-        DataError: there is no such fold, or too few rows.
-    """
-    number, count = (int(part) for part in fold.split("/"))
-    if not 1 <= number <= count or count < 2 or count > len(rows):
-        raise DataError("There is no such fold.", where="data.fold", found=f"{fold} of "
-                        f"{len(rows)} rows", fix="1/5 … 5/5, say")  # fmt: skip
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    if label is not None:
-        order.sort(key=lambda i: str(rows[i][1][label]))  # type: ignore[index]
-    inside = set(order[number - 1 :: count])
-    kept = [row for i, row in enumerate(rows) if i not in inside]
-    return kept, [row for i, row in enumerate(rows) if i in inside]
-
-
-def _limited(
-    rows: list[NumberedRow], limit: int | str | None, columns: Mapping[str, str], seed: int
-) -> list[NumberedRow]:
-    """The first rows, or as many of each class, drawn by the seed; the order stays."""
-    if not isinstance(limit, str):
-        return rows[:limit]
-    if "label" not in columns:
-        raise DataError("Only rows with a class can be limited by class.",
-                        where="data.limit", found=limit, fix="a number of rows")  # fmt: skip
-    wanted = int(limit.split(" ")[0])
-    places: dict[str, list[int]] = {}
-    for place, (_, row) in enumerate(rows):
-        places.setdefault(str(row[columns["label"]]), []).append(place)
-    generator = random.Random(seed)
-    chosen = {
-        place
-        for name in sorted(places)
-        for place in generator.sample(places[name], min(wanted, len(places[name])))
-    }
-    return [row for place, row in enumerate(rows) if place in chosen]
-
-
-def _split_text(
-    row: Mapping[str, Any], column: str, share: float
-) -> tuple[list[NumberedRow], list[NumberedRow]]:
-    """Holds out the end of a single text, from a line's beginning if there is one near."""
-    text = row[column]
-    middle = int(len(text) * (1 - share)) if isinstance(text, str) else 0
-    if not 0 < middle < len(text):
-        raise DataError(
-            "The text is too short to hold a part of it out.",
-            where="data.eval_share",
-            fix="a text of its own in data.eval",
-        )
-    line_end = text.rfind("\n", middle // 2, middle)
-    border = middle if line_end < 0 else line_end + 1
-    return [(1, {column: text[:border]})], [(1, {column: text[border:]})]
 
 
 def _read(
@@ -279,6 +208,7 @@ def _encode(
     source: str,
     labels: tuple[str, ...] | None = None,
     index_offset: int = 0,
+    packed: bool = False,
 ) -> ExampleSet:
     task = TASKS[task_name]
     notes: list[str] = []
@@ -296,11 +226,16 @@ def _encode(
             data.supervise,
             kind,
             data.stride,
+            packed,
         )
-        examples = task.encode(rows, tokenizer, settings, notes)
+        made = task.encode(rows, tokenizer, settings, notes)
     except DataError as error:
         where = source if error.where is None else f"{source}: {error.where}"
         raise DataError(error.what, where=where, found=error.found, fix=error.fix) from None
+    examples = [example for example in made if not example.lost]
+    lost = len(made) - len(examples)
+    if lost:
+        notes.append(f"{lost} of {len(made)} rows dropped: the cut left nothing to learn")
     if not examples:
         raise DataError(
             "No usable example is left.",
@@ -308,7 +243,11 @@ def _encode(
             found="; ".join(notes) or f"{len(rows)} rows without text",
             fix="a longer train.max_length, or other rows",
         )
-    return ExampleSet(examples, classes, notes, fingerprint(examples), kind)
+    documents: tuple[str, ...] = ()
+    if task_name == "text":
+        texts = [row[columns["text"]].strip() for _, row in rows]
+        documents = tuple(hashlib.sha256(text.encode()).hexdigest() for text in texts if text)
+    return ExampleSet(examples, classes, notes, fingerprint(examples), kind, lost, documents)
 
 
 def _label_kind(

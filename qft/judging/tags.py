@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qft.data.encoding import UNSUPERVISED
 from qft.errors import ModelError
-from qft.metrics.entities import entity_scores
+from qft.metrics.entities import entity_scores, mark_entities
 
 if TYPE_CHECKING:
     from qft.data.examples import Example
@@ -53,14 +53,14 @@ class TagJudge:
         self._truths += scores[2]
 
     def result(self, examples: Sequence[Example]) -> dict[str, float]:
-        """`loss` (nats a word), `accuracy` and, where the tags have names, the entities'."""
+        """`loss` (nats a word), `accuracy` and, where the tags mark entities, those's."""
         pairs = zip(self._answers, self._truths, strict=True)
         right = sum(a == t for answer, truth in pairs for a, t in zip(answer, truth, strict=True))
         metrics = {
             "loss": math.fsum(self._losses) / len(self._losses),
             "accuracy": right / len(self._losses),
         }
-        if self._labels is None:
+        if self._labels is None or not mark_entities(self._labels):
             return metrics
         names = self._labels
         sides = [[[names[tag] for tag in row] for row in side]

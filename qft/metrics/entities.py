@@ -5,12 +5,20 @@ Source: the CoNLL-2000 evaluation, Tjong Kim Sang & Buchholz, https://aclantholo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 Entity = tuple[int, int, str]  # first word, word after the last, type
 
 _OPENING = ("B", "S", "U")
 _CLOSING = ("E", "L", "S", "U")
+_OF_AN_ENTITY = re.compile(r"[BIESLU]-.+", re.DOTALL)
+
+
+def mark_entities(labels: Sequence[str]) -> bool:
+    """Whether the tags are O and prefix-TYPE; numbers and parts of speech mark no entities."""
+    inside = [label for label in labels if label != "O"]
+    return bool(inside) and all(_OF_AN_ENTITY.fullmatch(label) for label in inside)
 
 
 def entities(tags: Sequence[str]) -> set[Entity]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from qft.metrics.answers import answer_scores, words
+from qft.metrics.answers import answer_scores
+from qft.scripts import UNSPACED
 
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 
@@ -16,8 +18,8 @@ def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
     Returns:
         ``bleu`` and ``chrf`` (sacreBLEU's, 0 to 100; Chinese references are split as sacreBLEU's
-        ``zh``), ``rouge_1``, ``rouge_2``, ``rouge_l`` (F-measures), ``exact_match`` and ``f1``
-        (0 to 1).
+        ``zh``), ``rouge_1``, ``rouge_2``, ``rouge_l`` (F-measures, no stemming),
+        ``exact_match`` and ``f1`` (0 to 1).
     """
     if len(predictions) != len(references) or not predictions:
         raise ValueError("one prediction a reference, and at least one")
@@ -25,7 +27,7 @@ def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
     lists = [list(references)]
     tokenize = "zh" if _mostly_chinese(references) else "13a"
-    rouge = [_rouge(words(p), words(r)) for p, r in zip(predictions, references, strict=True)]
+    rouge = [_rouge(_words(p), _words(r)) for p, r in zip(predictions, references, strict=True)]
     return {
         "bleu": sacrebleu.corpus_bleu(list(predictions), lists, tokenize=tokenize).score,
         "chrf": sacrebleu.corpus_chrf(list(predictions), lists).score,
@@ -37,6 +39,16 @@ def text_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 def _mostly_chinese(texts: Sequence[str]) -> bool:
     found = "".join(texts)
     return len(_HAN.findall(found)) * 3 > len(found)
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters and digits in lower case, as ROUGE's usual implementations have them.
+
+    Those know a-z and 0-9 only; here other letters count too, each by itself where the script has
+    no spaces.
+    """
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
+    return UNSPACED.sub(r" \g<0> ", kept).split()
 
 
 def _rouge(found: list[str], wanted: list[str]) -> dict[str, float]:
