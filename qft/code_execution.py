@@ -134,7 +134,7 @@ def passes(code: str, tests: str = "") -> bool:
             process.wait()
             # the pipe ends when the last that holds it has died, which is a moment later
             found = proof.read()
-    return hmac.compare_digest(found, secret)
+    return process.returncode == 0 and hmac.compare_digest(found, secret)
 
 
 @contextlib.contextmanager
@@ -154,15 +154,15 @@ def _isolate() -> None:
     first = os.fork()  # only what is born now is in the new namespace of processes
     if first:
         _close_files()
-        os.waitpid(first, 0)
-        os._exit(0)
+        _, status = os.waitpid(first, 0)
+        os._exit(0 if status == 0 else 1)
     system.prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     only = os.fork()
     if only:
         _close_files()
         system.prctl(_DUMPABLE, 0)  # the program cannot trace it; nor can it signal its first
-        _watch(only)
-        os._exit(0)  # and with the first process the kernel ends the others
+        within = _watch(only)
+        os._exit(0 if within else 1)  # and with the first process the kernel ends the others
     os.setsid()
     system.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     for limit, value in (
@@ -181,14 +181,17 @@ def _close_files() -> None:
     os.closerange(3, min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 2**16))
 
 
-def _watch(program: int) -> None:
-    """Until the program has ended, or has started more than it may."""
-    while os.waitpid(-1, os.WNOHANG)[0] != program:
+def _watch(program: int) -> bool:
+    """Until the program has ended, or has started more than it may; whether it kept within that."""
+    while True:
+        ended = os.waitpid(-1, os.WNOHANG)[0] == program
         # Numbers are given in turn, so the last one tells how many there were. A kernel without
         # this file has only the limit that does not bind root.
         with contextlib.suppress(OSError):
             if int(_LAST_PROCESS.read_bytes()) > _STARTED:
-                return
+                return False
+        if ended:
+            return True
         time.sleep(_COUNT_EVERY_SECONDS)
 
 
