@@ -5,11 +5,30 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 # What hangs beside a base model and is none of its heads: T5 and encoder-decoder models keep their
 # halves and the shared embeddings at the top.
 _HALVES = ("encoder", "decoder", "shared")
+
+
+ON_HOST = "_qft_on_host"  # set on a module whose weights are not on the model's device
+
+
+def on_host(module: nn.Module) -> bool:
+    """Whether a module's weights wait on the host (`qft.lean.host_embeddings`)."""
+    return bool(module.__dict__.get(ON_HOST))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device a model computes on; embeddings that wait on the host do not count."""
+    for module in model.modules():
+        if not on_host(module):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    return parameter.device
+    raise ValueError("a model without parameters is on no device")
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

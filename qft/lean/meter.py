@@ -1,0 +1,400 @@
+"""Live bytes of a training step, counted exactly, on real tensors or fake ones.
+
+A storage counts from the operation that returns it to the moment nothing holds it any more. On fake
+tensors a step of any size takes seconds and no memory, and its count equals a real run's. There the
+planned device is called ``meta`` and the host ``cpu``, so that what is offloaded is seen to leave.
+
+    reading = meter(lambda: model(**batch).loss.backward(), model=model)
+    print(reading.peak_bytes, reading.peak.by_category)
+
+What a kernel allocates and frees within itself is not seen, nor what an allocator rounds up.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
+PHASES = ("forward", "backward", "optimizer")
+RESIDENT = ("weights", "adapters", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is alive at one moment, in bytes.
+
+    Attributes:
+        phase: forward, backward or optimizer.
+        by_category: weights (frozen), adapters (trained parameters), gradients, optimizer,
+            activations (made in the forward pass and kept for the backward one), temporary.
+    """
+
+    phase: str
+    by_category: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All of them together."""
+        return sum(self.by_category.values())
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a metered step held.
+
+    Attributes:
+        peak: the moment at which the device held most.
+        host_peak: the same of the host; equal to nothing where the step runs on the host itself.
+        phases: the fullest moment of each phase, on the device.
+        most: of each category the most bytes it ever had on the device.
+        activation_bytes: kept on the device from the forward pass when the backward pass began.
+        flops: floating-point operations of matrix products and attention, by phase.
+        end_bytes: on the device when the step was over.
+    """
+
+    peak: Snapshot
+    host_peak: Snapshot
+    phases: dict[str, Snapshot]
+    most: dict[str, int]
+    activation_bytes: int
+    flops: dict[str, int]
+    end_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes alive on the device."""
+        return self.peak.total
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights, adapters, gradients and optimizer states on the device."""
+        return sum(self.most[category] for category in RESIDENT)
+
+    @property
+    def static_bytes(self) -> int:
+        """Weights and adapters on the device."""
+        return self.most["weights"] + self.most["adapters"]
+
+
+@dataclass(eq=False)
+class _Storage:
+    """One storage: its size, where it is, the phase it was made in, and what it is."""
+
+    nbytes: int
+    on_device: bool
+    phase: str
+    category: str | None = None
+
+
+@dataclass
+class _Log:
+    """What happened, in order; kept apart from the meter, so that callbacks hold no mode alive."""
+
+    events: list[tuple[_Storage, int]] = field(default_factory=list)  # and the change in bytes
+
+    def add(self, storage: _Storage, change: int) -> None:
+        self.events.append((storage, change))
+
+
+class Meter(TorchDispatchMode):
+    """A context manager that counts; `reading` afterwards says what it counted.
+
+    Args:
+        model: its parameters and buffers count from the beginning. Without one, parameters count
+            once an operation uses them.
+        optimizer: its states count from the beginning.
+        device: which device is metered (a type, such as ``cuda``); all others are the host.
+            None is the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        device: str | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model, self._optimizer, self._device = model, optimizer, device
+        if device is None and model is not None:
+            self._device = _device_of(model)
+        self._log = _Log()
+        self._alive: dict[int, tuple[_Storage, Any]] = {}  # by address, with the weak reference
+        self._trained: dict[int, nn.Parameter] = {}
+        self._phase = "forward"
+        self._in_optimizer = False
+        self._marks: list[tuple[int, str]] = [(0, "forward")]  # event from which a phase lasts
+        self._activation_bytes = 0
+        self._flops = dict.fromkeys(PHASES, 0)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Meter:
+        """Counts what is there already."""
+        if self._model is not None:
+            for parameter in self._model.parameters():
+                self._see_parameter(parameter)
+            for tensor in self._model.buffers():
+                self._see(tensor, "weights")
+            for module in self._model.modules():
+                for tensor in _held_beside(module):
+                    self._see(tensor, "weights")
+        if self._optimizer is not None:
+            self._see_optimizer(self._optimizer)
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before_optimizer),
+            register_optimizer_step_post_hook(self._after_optimizer),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Counts no more."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for hook in self._hooks:
+            hook.remove()
+        self._enter_phase("forward")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Every operation passes here, those of the backward pass too."""
+        kwargs = kwargs or {}
+        self._enter_phase(self._now())
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, nn.Parameter):
+                self._see_parameter(value)
+            elif isinstance(value, Tensor):
+                self._see(value, None, before=True)
+        result = func(*args, **kwargs)
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._see(value, None)
+        self._flops[self._phase] += _flops(func, args, kwargs, result)
+        return result
+
+    def reading(self) -> Reading:
+        """What was counted so far."""
+        self._enter_phase("forward")
+        alive = {True: dict.fromkeys(CATEGORIES, 0), False: dict.fromkeys(CATEGORIES, 0)}
+        most = dict.fromkeys(CATEGORIES, 0)
+        totals = {True: 0, False: 0}
+        peaks: dict[Any, tuple[int, Snapshot]] = {}
+        marks = iter([*self._marks[1:], (len(self._log.events) + 1, "forward")])
+        phase, (border, following) = "forward", next(marks)
+
+        def keep(key: Any, place: bool) -> None:
+            if totals[place] > peaks.get(key, (-1,))[0]:
+                peaks[key] = (totals[place], Snapshot(phase, dict(alive[place])))
+
+        for number, (storage, change) in enumerate(self._log.events):
+            while number >= border:
+                phase, (border, following) = following, next(marks, (border, following))
+                keep(phase, True)
+            place = storage.on_device
+            category = storage.category or "temporary"
+            alive[place][category] += change
+            totals[place] += change
+            if place:
+                most[category] = max(most[category], alive[place][category])
+                keep(phase, True)
+            keep(place, place)
+        empty = Snapshot("forward", dict.fromkeys(CATEGORIES, 0))
+        return Reading(
+            peak=peaks.get(True, (0, empty))[1],
+            host_peak=peaks.get(False, (0, empty))[1],
+            phases={name: peaks.get(name, (0, empty))[1] for name in PHASES},
+            most=most,
+            activation_bytes=self._activation_bytes,
+            flops=dict(self._flops),
+            end_bytes=totals[True],
+        )
+
+    def _see(self, tensor: Tensor, category: str | None, before: bool = False) -> _Storage | None:
+        """Counts a tensor's storage, once; ``before``: it was there when the meter began."""
+        for part in _inner_tensors(tensor):
+            if part is not tensor:
+                self._see(part, category, before)
+        try:
+            held = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse, or a wrapper without one
+            return None
+        key = held._cdata
+        known = self._alive.get(key)
+        if known is not None:
+            storage = known[0]
+            if held.nbytes() != storage.nbytes:  # resized in place
+                self._log.add(storage, held.nbytes() - storage.nbytes)
+                storage.nbytes = held.nbytes()
+            storage.category = storage.category or category
+            return storage
+        if self._device is None:
+            self._device = tensor.device.type
+        if category is None and before and self._phase == "forward":
+            category = "activations"  # the step's inputs
+        on_device = tensor.device.type == self._device
+        storage = _Storage(held.nbytes(), on_device, self._phase, category)
+        freed = _Freed(storage, key, self._alive, self._log)
+        self._alive[key] = (storage, weakref.ref(held, freed))
+        self._log.add(storage, storage.nbytes)
+        return storage
+
+    def _see_parameter(self, parameter: nn.Parameter) -> None:
+        trains = parameter.requires_grad
+        self._see(parameter, "adapters" if trains else "weights", before=True)
+        if trains and id(parameter) not in self._trained:
+            self._trained[id(parameter)] = parameter
+            if parameter.grad is not None:
+                self._see(parameter.grad, "gradients")
+        for value in _quantization_state(parameter):
+            self._see(value, "weights")
+
+    def _see_optimizer(self, optimizer: Optimizer) -> None:
+        for state in optimizer.state.values():
+            for value in tree_leaves(state):
+                if isinstance(value, Tensor) and id(value) not in self._trained:
+                    storage = self._see(value, "optimizer")
+                    if storage is not None:
+                        storage.category = "optimizer"
+
+    def _now(self) -> str:
+        if self._in_optimizer:
+            return "optimizer"
+        # an autograd graph is being run: private, but what torch's own checkpointing asks as well
+        return "backward" if torch._C._current_graph_task_id() != -1 else "forward"
+
+    def _enter_phase(self, phase: str) -> None:
+        if phase == self._phase:
+            return
+        if self._phase == "forward":
+            self._mark_activations()
+        if self._phase == "backward":
+            self._mark_gradients()
+        self._phase = phase
+        self._marks.append((len(self._log.events), phase))
+
+    def _mark_activations(self) -> None:
+        for storage, _ in self._alive.values():
+            if storage.category is None and storage.phase == "forward":
+                storage.category = "activations"
+        kept = sum(
+            storage.nbytes
+            for storage, _ in self._alive.values()
+            if storage.category == "activations" and storage.on_device
+        )
+        self._activation_bytes = max(self._activation_bytes, kept)
+
+    def _mark_gradients(self) -> None:
+        for parameter in self._trained.values():
+            if parameter.grad is not None:
+                storage = self._see(parameter.grad, "gradients")
+                if storage is not None:
+                    storage.category = "gradients"
+
+    def _before_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
+        self._enter_phase("optimizer")
+        self._in_optimizer = True
+
+    def _after_optimizer(self, optimizer: Optimizer, *_: Any) -> None:
+        self._see_optimizer(optimizer)
+        self._in_optimizer = False
+
+
+@dataclass(eq=False)
+class _Freed:
+    """Called when nothing holds a storage any more."""
+
+    storage: _Storage
+    key: int
+    alive: dict[int, tuple[_Storage, Any]]
+    log: _Log
+
+    def __call__(self, reference: Any) -> None:
+        self.alive.pop(self.key, None)
+        self.log.add(self.storage, -self.storage.nbytes)
+
+
+def meter(
+    step: Callable[[], object],
+    *,
+    model: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    device: str | None = None,
+    warm_up: int | None = None,
+) -> Reading:
+    """Counts one call of ``step``, which may be anyone's: nothing in it need know the meter.
+
+    Args:
+        step: forward, backward and, if it likes, the optimizer's step.
+        model: see `Meter`.
+        optimizer: see `Meter`.
+        device: see `Meter`.
+        warm_up: calls before the metered one, so that optimizer states are there; None is one
+            where there is an optimizer, else none.
+    """
+    for _ in range((optimizer is not None) if warm_up is None else warm_up):
+        step()
+    with Meter(model, optimizer, device) as counting:
+        step()
+    return counting.reading()
+
+
+def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    packet = getattr(func, "_overloadpacket", None)
+    aten = torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:  # torch counts CUDA's only
+        return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=result))
+    return 0
+
+
+def _device_of(model: nn.Module) -> str | None:
+    """The device most of the model's bytes are on."""
+    sizes: dict[str, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        kind = tensor.device.type
+        sizes[kind] = sizes.get(kind, 0) + tensor.numel() * tensor.element_size()
+    return max(sizes, key=lambda kind: sizes[kind]) if sizes else None
+
+
+def _inner_tensors(tensor: Tensor) -> Iterable[Tensor]:
+    """Of a tensor that is made of others (a wrapper subclass), those others."""
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None or type(tensor).__module__.startswith("torch._subclasses"):
+        return ()
+    names, _ = flatten(tensor)
+    return [getattr(tensor, name) for name in names]
+
+
+def _quantization_state(parameter: nn.Parameter) -> list[Tensor]:
+    """bitsandbytes keeps the scales of a quantized weight in an object beside it."""
+    found = []
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        held = (getattr(state, name, None) for name in ("absmax", "code", "offset"))
+        found += [value for value in held if isinstance(value, Tensor)]
+        state = getattr(state, "state2", None)
+    scales = getattr(parameter, "SCB", None)
+    return [*found, scales] if isinstance(scales, Tensor) else found
+
+
+def _held_beside(module: nn.Module) -> list[Tensor]:
+    """Tensors that a module holds as plain attributes, such as int8 scales."""
+    state = module.__dict__.get("state")
+    values = (getattr(state, name, None) for name in ("CB", "SCB")) if state is not None else ()
+    return [value for value in values if isinstance(value, Tensor)]

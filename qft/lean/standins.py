@@ -1,0 +1,162 @@
+"""What takes a foreign tensor's or kernel's place while a step is metered on fake tensors.
+
+Attention on the fake device
+``meta`` would be computed by its formula, with scores of length squared; here it is the CPU's fused
+kernel, whose bytes are those of any flash attention: queries, keys, values, outputs, and a float32
+number a query and head. Quantized layers hold as many bytes as bitsandbytes' own.
+
+Each is proven equal to a real step in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_BLOCK, _SECOND_BLOCK = 64, 256  # weights a scale, and scales a scale of theirs (QLoRA)
+
+
+class FusedKernel(TorchFunctionMode):
+    """Within it ``scaled_dot_product_attention`` on fake tensors is the CPU's fused kernel.
+
+    It is entered around each call: a layer that is run again in the backward pass is run outside
+    of the modes that surround the whole step.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is functional.scaled_dot_product_attention and args[0].is_meta:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """Keys and values of grouped queries are not repeated; the kernel takes them as they are."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+            attn_mask.logical_not(), float("-inf")
+        )
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    result: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return result
+
+
+@dataclass(frozen=True)
+class QuantizedBytes:
+    """Bytes of a quantized weight.
+
+    Attributes:
+        packed: the numbers themselves.
+        scales: 8-bit scales (4 bits, double quantization), or float32 ones a row (int8).
+        scale_scales: float32 scales of the scales, and their offset.
+    """
+
+    packed: int
+    scales: int
+    scale_scales: int
+
+
+def quantized_bytes(kind: str, rows: int, columns: int) -> QuantizedBytes:
+    """Of a ``[rows, columns]`` weight in ``nf4``, ``fp4`` (double quantization) or ``int8``."""
+    count = rows * columns
+    if kind == "int8":
+        return QuantizedBytes(count, 4 * rows, 0)
+    blocks = math.ceil(count / _BLOCK)
+    return QuantizedBytes(math.ceil(count / 2), blocks, 4 * math.ceil(blocks / _SECOND_BLOCK) + 4)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that holds a quantized weight's bytes; on meta and fake tensors only."""
+
+    def __init__(self, plain: nn.Linear, kind: str) -> None:
+        nn.Module.__init__(self)  # not a linear layer's own: it would make a dense weight
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.kind, self.dtype = kind, plain.weight.dtype
+        size = quantized_bytes(kind, plain.out_features, plain.in_features)
+        device = plain.weight.device
+        self.weight = nn.Parameter(
+            torch.empty(size.packed, dtype=torch.uint8, device=device), requires_grad=False
+        )
+        scales = torch.uint8 if kind != "int8" else torch.float32
+        self.register_buffer(
+            "scales", torch.empty(size.scales // scales.itemsize, dtype=scales, device=device)
+        )
+        self.register_buffer("scale_scales", torch.empty(size.scale_scales // 4, device=device))
+        self.bias = plain.bias  # type: ignore[assignment]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """As many bytes as dequantizing takes."""
+        return torch.empty(
+            self.out_features, self.in_features, dtype=dtype, device=self.weight.device
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """As bitsandbytes: the weight is dequantized, and not kept for the backward pass."""
+        result: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
+        return result if self.bias is None else result + self.bias
+
+    # what `qft.lean.lora_linear.Frozen` asks for
+
+    def product(self, x: Tensor) -> Tensor:
+        """See `qft.lean.lora_linear.Frozen`."""
+        return functional.linear(x, self.dense(x.dtype), self.bias)
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        """See `qft.lean.lora_linear.Frozen`."""
+        return gradient @ self.dense(gradient.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return x @ layer.dense(x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return gradient @ ctx.layer.dense(gradient.dtype), None
+
+
+def quantize_skeleton(model: nn.Module, kind: str, keep: tuple[str, ...] = ()) -> None:
+    """Replaces a meta model's linear layers, but for those named, by `QuantizedLinear`."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name not in keep:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, QuantizedLinear(module, kind))
+
+
+class EightBitAdam(torch.optim.Optimizer):
+    """An optimizer that holds the bytes of bitsandbytes' 8-bit AdamW and changes nothing."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__(list(parameters), {"lr": 0.0})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Makes the states, the first time."""
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            if parameter.grad is None or self.state[parameter]:
+                continue
+            for number in ("1", "2"):
+                self.state[parameter] |= self._state(parameter, number)
+
+    def _state(self, parameter: nn.Parameter, number: str) -> dict[str, Tensor]:
+        size, device = parameter.numel(), parameter.device
+        if size < 4096:  # bitsandbytes keeps what is small in 32 bits
+            return {f"state{number}": torch.empty(size, device=device)}
+        return {
+            f"state{number}": torch.empty(size, dtype=torch.uint8, device=device),
+            f"absmax{number}": torch.empty(math.ceil(size / 256), device=device),
+            f"qmap{number}": torch.empty(256, device=device),
+        }
