@@ -102,20 +102,35 @@ class SeededDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """``[batch, length, …]`` or ``[batch, width]`` in, the same shape out."""
-        moment = self.clock.moment
         if not self.training or self.p == 0.0:
             return input
-        if moment is None or input.is_meta or not _rows_are_samples(input, moment):
+        drawn = self._segments(input)
+        if drawn is None:
             return nn.functional.dropout(input, self.p, True)
-        drawn = tuple(
+        output: Tensor = _Drop.apply(input, Replay(self.p, drawn))  # type: ignore[no-untyped-call]
+        return output
+
+    def replay(self, input: Tensor) -> Replay | None:
+        """This moment's dropout of ``input`` as a function that can be called again."""
+        if not self.training or self.p == 0.0:
+            return None
+        drawn = self._segments(input)
+        if drawn is not None or input.is_meta:
+            return Replay(self.p, drawn)
+        return Replay(self.p, None, seed=int(torch.randint(2**62, ())))
+
+    def _segments(self, input: Tensor) -> Segments | None:
+        """Each sample's seed and length; None where the clock does not know the samples."""
+        moment = self.clock.moment
+        if moment is None or input.is_meta or not _rows_are_samples(input, moment):
+            return None
+        return tuple(
             tuple(
                 (segment_seeds(self.clock.seed, moment, self.module_name, sample), length)
                 for sample, length in row
             )
             for row in moment.segments_of(input)
         )
-        output: Tensor = _Drop.apply(input, self.p, drawn)  # type: ignore[no-untyped-call]
-        return output
 
 
 def _rows_are_samples(input: Tensor, moment: Moment) -> bool:
@@ -128,20 +143,41 @@ def _rows_are_samples(input: Tensor, moment: Moment) -> bool:
     return input.dim() == 2 or input.shape[1] >= max(moment.lengths_of(input))
 
 
+Segments = Sequence[Sequence[tuple[int, int]]]  # a row's (seed, length), one a sample
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One moment's dropout: for whatever it is given it draws the same mask.
+
+    Attributes:
+        p: the share that is dropped.
+        segments: each row's samples; None where one seed draws all of it.
+        seed: that one.
+    """
+
+    p: float
+    segments: Segments | None
+    seed: int = 0
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """``values`` times the mask."""
+        if self.segments is not None:
+            return draw_mask(values, self.p, self.segments).mul_(values)
+        flat = values.reshape(1, -1)
+        mask = draw_mask(flat, self.p, [[(self.seed, flat.shape[1])]])
+        return mask.mul_(flat).view(values.shape)
+
+
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, input: Tensor, p: float, segments: Segments
-    ) -> Tensor:
-        ctx.drawn = (p, segments)
-        return input * draw_mask(input, p, segments)
+    def forward(ctx: Any, input: Tensor, replay: Replay) -> Tensor:  # type: ignore[override]
+        ctx.replay = replay
+        return replay(input)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gradient * draw_mask(gradient, *ctx.drawn), None, None
-
-
-Segments = Sequence[Sequence[tuple[int, int]]]  # a row's (seed, length), one a sample
+        return ctx.replay(gradient), None
 
 
 def draw_mask(like: Tensor, p: float, segments: Segments) -> Tensor:
@@ -150,7 +186,7 @@ def draw_mask(like: Tensor, p: float, segments: Segments) -> Tensor:
     Each sample is drawn from its own seed, and only for its true length.
     """
     mask = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    if p >= 1.0:
+    if p >= 1.0 or like.is_meta:
         return mask
     generator = torch.Generator(device=like.device)
     for row, parts in zip(mask, segments, strict=True):
