@@ -156,7 +156,6 @@ def free(model: nn.Module, names: Sequence[str]) -> None:
     Raises:
         RecipeError: a parameter is held quantized and has no gradient.
     """
-    import torch
 
     parameters = own_parameters(model)
     wanted = {id(parameters[name]) for name in names}
@@ -172,16 +171,23 @@ def free(model: nn.Module, names: Sequence[str]) -> None:
     inside_heads = {module for head in heads for module in head.modules()}
     for head in heads:
         if any(id(p) in wanted for p in head.parameters()):
-            head.float()
+            head.to(_precise(next(head.parameters())))
             head.register_forward_pre_hook(_cast_input)
     for module in model.modules():
         own = [(n, p) for n, p in module.named_parameters(recurse=False) if id(p) in wanted]
-        if own and module not in inside_heads and own[0][1].dtype != torch.float32:
+        if own and module not in inside_heads and own[0][1].dtype != _precise(own[0][1]):
             _compute_as_before(module, [name for name, _ in own], own[0][1].dtype)
     for name in names:
         parameter = parameters[name]
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(_precise(parameter))
         parameter.requires_grad_(True)
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    """float32, or what is more precise already."""
+    import torch
+
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _compute_as_before(module: Any, names: Sequence[str], dtype: torch.dtype) -> None:
@@ -214,7 +220,8 @@ def _cast_input(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...
     import torch
 
     return tuple(
-        a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments
+        a.to(_precise(a)) if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
     )
 
 

@@ -15,6 +15,7 @@ from qft.judging.judge import Judge
 from qft.judging.spans import SpanJudge
 from qft.judging.tags import TagJudge
 from qft.judging.tokens import TokenJudge
+from qft.lean.model_parts import device_of
 from qft.step import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def evaluate(
     # Like lengths together, for little padding. The batches depend on the examples alone.
     ordered = sorted(examples, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
     judge = _judge(task, labels)
-    device = next(model.parameters()).device
+    device = device_of(model)
     start = 0
     with evaluating(model):
         while start < len(ordered):

@@ -18,6 +18,7 @@ from qft.data.seq2seq import encode_source
 from qft.data.template import Tools, render
 from qft.errors import RecipeError
 from qft.evaluation import evaluating
+from qft.lean.model_parts import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -218,7 +219,7 @@ def _padded(prompts: Sequence[list[int]], pad_token_id: int, model: nn.Module) -
         left, right = (0, gap) if _has_decoder(model) else (gap, 0)
         ids.append([pad_token_id] * left + prompt + [pad_token_id] * right)
         mask.append([0] * left + [1] * len(prompt) + [0] * right)
-    device = next(model.parameters()).device
+    device = device_of(model)
     return {
         "input_ids": torch.tensor(ids, dtype=torch.int64, device=device),
         "attention_mask": torch.tensor(mask, dtype=torch.int64, device=device),

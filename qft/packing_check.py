@@ -11,7 +11,7 @@ from qft.data.examples import Example
 from qft.data.packing import Row, collate_packed, one_row
 from qft.errors import RecipeError
 from qft.evaluation import evaluating
-from qft.lean.model_parts import uses_flash_attention
+from qft.lean.model_parts import device_of, uses_flash_attention
 
 _TOKENS = 24  # of each of the two examples that are tried
 
@@ -26,7 +26,7 @@ def require_exact_packing(model: nn.Module, examples: Sequence[Example], pad: in
     tried = [_shortened(example) for example in examples[:2]]
     if len(tried) < 2:
         return
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows: list[Row] = [tried, tried[::-1]]  # more than one, as in training
     if uses_flash_attention(model):
         rows = one_row(rows)

@@ -9,10 +9,21 @@ from torch import nn
 
 from qft import quantization
 from qft.errors import RecipeError
+from qft.lean.checkpointing import (
+    Choice,
+    Place,
+    checkpointed_layers,
+    install_checkpointing,
+    remove_checkpointing,
+)
 from qft.lean.dropout import DropoutClock, install_dropout, remove_dropout
+from qft.lean.engine import Engine, Savers, install_engine
+from qft.lean.model_parts import device_of
+from qft.lean.token_scores import answer_trl
 from qft.strategy import Context, Strategy
 
-Checkpointing = Literal["auto", "none", "full"]
+Checkpointing = Literal["auto", "none", "full"] | int
+Offload = Literal["none"] | Place
 _ATTRIBUTE = "_qft_prepared"
 
 
@@ -21,34 +32,45 @@ class Prepared:
     """What `prepare` left on a model.
 
     Attributes:
-        strategy: what was attached.
+        strategy: what was attached, if it was attached here.
         clock: tells the model's dropout layers the moment.
         checkpointing: whether activations are recomputed.
+        offload: where the inputs of recomputed layers wait.
+        engine: the lean engine's parts in the model.
         notes: what a user should know, a sentence each.
     """
 
-    strategy: Strategy
+    strategy: Strategy | None
     clock: DropoutClock
     checkpointing: bool
+    offload: Offload
+    engine: Engine
     notes: tuple[str, ...]
 
 
 def prepare(
     model: nn.Module,
-    strategy: Strategy,
+    strategy: Strategy | None = None,
     *,
     checkpointing: Checkpointing = "auto",
+    offload: Offload = "none",
+    savers: Savers | None = None,
     context: Context | None = None,
 ) -> nn.Module:
     """Attaches ``strategy`` and makes the model ready for ``model(**batch).loss.backward()``.
 
     Works in your own loop, in a Trainer, in TRL, and on the meta device. Every module of the
-    returned model is in training mode.
+    returned model is in training mode. In that mode a language model that is given labels returns
+    its loss and no logits.
 
     Args:
         model: from ``from_pretrained``; it is changed in place.
-        strategy: for example ``LoRA(rank=16)`` from :mod:`adapters.lora`.
-        checkpointing: recompute the layers' activations in the backward pass; ``auto`` is ``full``.
+        strategy: for example ``LoRA(rank=16)`` from :mod:`adapters.lora`; None for a model that
+            PEFT has wrapped already, or whose trained parameters are chosen.
+        checkpointing: recompute the layers' activations in the backward pass; ``auto`` is ``full``,
+            a number is how many of the layers do.
+        offload: where the inputs of recomputed layers wait: on the device, the host or the disk.
+        savers: which parts of the lean engine to use; None is all.
         context: what a strategy may need: total steps, seed, calibration batches.
 
     Raises:
@@ -56,23 +78,34 @@ def prepare(
     """
     if prepared(model) is not None:
         raise RecipeError("This model is prepared already.", fix="qft.unprepare(model) first")
-    if checkpointing not in ("auto", "none", "full"):
+    known = checkpointing in ("auto", "none", "full") or (
+        isinstance(checkpointing, int) and checkpointing >= 0
+    )
+    if not known:
         raise RecipeError("No such checkpointing.", where="checkpointing", found=checkpointing,
-                          fix="auto, none or full")  # fmt: skip
+                          fix="auto, none, full or a number of layers")  # fmt: skip
     context = context or Context()
     quantization.guard_cpu_kernels(model)
-    attached = strategy.attach(model, context)
+    attached = model if strategy is None else strategy.attach(model, context)
     require_trained(attached, strategy)
-    recompute = checkpointing != "none" and _enable_checkpointing(attached)
+    inner = inner_model(attached)
+    recompute = checkpointing not in ("none", 0) and _enable_checkpointing(
+        inner, checkpointing, offload
+    )
     clock = DropoutClock(context.seed)
     install_dropout(attached, clock)
-    notes = tuple(_notes(attached, recompute, checkpointing))
-    setattr(attached, _ATTRIBUTE, Prepared(strategy, clock, recompute, notes))
+    engine = install_engine(
+        inner, quantization.frozen_maker(), savers or Savers(), quantization.dequantized
+    )
+    if engine.loss is not None:
+        engine.hooks.append(answer_trl(attached, engine.loss))
+    notes = (*_notes(inner, recompute, checkpointing, offload), *engine.notes)
+    setattr(attached, _ATTRIBUTE, Prepared(strategy, clock, recompute, offload, engine, notes))
     attached.train()
     return attached
 
 
-def require_trained(model: nn.Module, strategy: Strategy) -> None:
+def require_trained(model: nn.Module, strategy: Strategy | None) -> None:
     """Refuses an attached strategy that has left nothing to train.
 
     Raises:
@@ -81,8 +114,8 @@ def require_trained(model: nn.Module, strategy: Strategy) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise RecipeError(
             "Nothing would train: the strategy matches no parameter of this model.",
-            where=f"strategy: {strategy.name}",
-            found=type(_inner(model)).__name__,
+            where=f"strategy: {strategy.name if strategy else None}",
+            found=type(inner_model(model)).__name__,
         )
 
 
@@ -91,15 +124,13 @@ def unprepare(model: nn.Module) -> nn.Module:
     state = prepared(model)
     if state is None:
         raise RecipeError("This model is not prepared.", fix="qft.prepare(model, strategy) first")
+    state.engine.remove()
     remove_dropout(model)
     if state.checkpointing:
-        inner = _inner(model)
-        name = (
-            "activation_checkpointing_disable"
-            if hasattr(inner, "activation_checkpointing_disable")
-            else "gradient_checkpointing_disable"
-        )
-        getattr(inner, name)()
+        inner = inner_model(model)
+        remove_checkpointing(inner)
+        if not checkpointed_layers(inner):
+            inner.gradient_checkpointing_disable()
     delattr(model, _ATTRIBUTE)
     return model
 
@@ -111,34 +142,52 @@ def prepared(model: nn.Module) -> Prepared | None:
     return found
 
 
-def _inner(model: nn.Module) -> Any:
+def inner_model(model: nn.Module) -> Any:
     """The transformers model below PEFT's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def _enable_checkpointing(model: nn.Module) -> bool:
-    inner = _inner(model)
+def _enable_checkpointing(inner: Any, asked: Checkpointing, offload: Offload) -> bool:
+    layers = len(checkpointed_layers(inner))
+    if layers:
+        count = layers if isinstance(asked, str) else min(asked, layers)
+        choice: Choice = "recompute" if offload == "none" else "offload"
+        # the lowest ones: what the upper ones keep is gone by the time these are recomputed
+        choices: list[Choice] = [choice] * count + ["keep"] * (layers - count)
+        place: Place = "disk" if offload == "disk" else "host"
+        install_checkpointing(
+            inner, choices, place=place, keeps_random_state=draws_from_generator(inner)
+        )
+        return True
     if not getattr(inner, "supports_gradient_checkpointing", False):
         return False
-    settings = {"use_reentrant": False}
-    if hasattr(inner, "activation_checkpointing_enable"):  # transformers 5.18 and later
-        inner.activation_checkpointing_enable(settings)
-    else:
-        inner.gradient_checkpointing_enable(settings)
+    inner.gradient_checkpointing_enable({"use_reentrant": False})
     # transformers makes the embeddings' output require a gradient, which only reentrant
     # checkpointing needs; it would send the backward pass through every frozen layer
     inner.disable_input_require_grads()
     return True
 
 
-def _notes(model: nn.Module, recompute: bool, asked: str) -> list[str]:
+def draws_from_generator(inner: Any) -> bool:
+    """Whether a layer that is run again must begin with the same random state."""
+    return bool(_stock_dropouts(inner))
+
+
+def _stock_dropouts(inner: Any) -> list[str]:
+    """The settings by which a model drops attention weights, from the ordinary generator."""
+    config = getattr(inner, "config", None)
+    parts = (config, getattr(config, "encoder", None), getattr(config, "decoder", None))
+    names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    return [name for name in names if any(getattr(part, name, 0) for part in parts)]
+
+
+def _notes(inner: Any, recompute: bool, asked: Checkpointing, offload: Offload) -> list[str]:
     notes = []
-    if asked != "none" and not recompute:
+    if asked not in ("none", 0) and not recompute:
         notes.append("This model cannot recompute its activations; checkpointing stays off.")
-    config = getattr(_inner(model), "config", None)
-    stock = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
-    used = [name for name in stock if getattr(config, name, 0)]
-    if used:
+    if offload == "host" and device_of(inner).type == "cpu":
+        notes.append("The model is on the host already; memory.offload: host saves nothing.")
+    if used := _stock_dropouts(inner):
         notes.append(
             f"{used[0]} draws from the ordinary generator: another micro-batch gives "
             "statistically, not bitwise, the same training."

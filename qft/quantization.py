@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qft.errors import RecipeError
@@ -11,6 +13,8 @@ from qft.lean.model_parts import head_names, output_embeddings
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qft.lean.lora_linear import Frozen
 
 KINDS = ("none", "int8", "nf4", "fp4")
 
@@ -114,3 +118,103 @@ def dequantized(module: nn.Module) -> Tensor:
         scale = weight.SCB if weight.SCB is not None else state.SCB
         full = weight.data.float() * (scale.float() / 127.0)[:, None]
     return full
+
+
+class Scratch:
+    """One buffer that weights are dequantized into, over and over; it is never kept by a graph.
+
+    A fresh one each time would leave holes between the activations that are kept.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor to write into; what was taken before is overwritten."""
+        import torch
+
+        size = math.prod(shape) * dtype.itemsize
+        if self._buffer is None or self._buffer.numel() < size or self._buffer.device != device:
+            self._buffer = None
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        return self._buffer[:size].view(dtype).view(*shape)
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """A bitsandbytes 4-bit layer; see `qft.lean.lora_linear.Frozen`."""
+
+    layer: Any
+    scratch: Scratch
+
+    def product(self, x: Tensor) -> Tensor:
+        """As bitsandbytes computes it."""
+        from torch.nn import functional
+
+        bias = self.layer.bias
+        import torch
+
+        exact = x.dtype in (torch.float32, torch.bfloat16)
+        inner = x if exact else x.to(self.layer.compute_dtype or x.dtype)
+        bias = None if bias is None else bias.to(inner.dtype)
+        result: Tensor = functional.linear(inner, self._weight(inner.dtype), bias).to(x.dtype)
+        return result
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        """As bitsandbytes computes it."""
+        return gradient @ self._weight(gradient.dtype)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        import bitsandbytes.functional as F
+
+        weight = self.layer.weight
+        state = weight.quant_state or self.layer.quant_state
+        # bitsandbytes' CPU kernel makes its own result
+        cuda = weight.device.type == "cuda"
+        buffer = self.scratch.take(state.shape, state.dtype, weight.device) if cuda else None
+        full: Tensor = F.dequantize_4bit(weight.data.view(-1, 1), state, out=buffer)
+        return full.to(dtype)
+
+
+@dataclass(frozen=True)
+class EightBit:
+    """A bitsandbytes int8 layer; see `qft.lean.lora_linear.Frozen`."""
+
+    layer: Any
+
+    def product(self, x: Tensor) -> Tensor:
+        """As bitsandbytes computes it: the inputs are rounded too."""
+        result: Tensor = self.layer.forward(x)
+        return result
+
+    def transposed(self, gradient: Tensor) -> Tensor:
+        """As bitsandbytes computes it, from the weight alone."""
+        state = self.layer.state
+        weight = state.CB.to(gradient.dtype, copy=True).mul_(state.SCB[:, None] / 127.0)
+        product: Tensor = gradient @ weight
+        return product
+
+
+def frozen_maker() -> Callable[[nn.Module], Frozen | None]:
+    """How the lean engine computes with a frozen linear layer, whatever holds its weight.
+
+    The function it returns gives None for a layer it does not know.
+    """
+    from torch import nn
+
+    from qft.lean.lora_linear import Dense
+
+    scratch = Scratch()
+
+    def make(layer: nn.Module) -> Frozen | None:
+
+        match type(layer).__name__:
+            case "Linear4bit":
+                return FourBit(layer, scratch)
+            case "Linear8bitLt":
+                return EightBit(layer)
+            case "QuantizedLinear":  # the meter's stand-in answers for itself
+                return layer  # type: ignore[return-value]
+        return Dense(layer) if type(layer) is nn.Linear else None
+
+    return make

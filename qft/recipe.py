@@ -138,12 +138,49 @@ class Data(Settings):
         return labels
 
 
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _as_bytes(value: Any) -> Any:
+    """``8GiB`` to bytes; what is no size is left for the error message."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(value), re.IGNORECASE)
+    if found:
+        return int(float(found[1]) * _UNITS[found[2].upper()])
+    if isinstance(value, int) and value > 0:
+        return value
+    raise ValueError("not a size: 8GiB, 512MiB or a number of bytes")
+
+
+class SaverSwitches(Settings):
+    """The parts of the lean engine, each of which can be switched off."""
+
+    label_loss: bool = Field(True, description="the loss over label positions only, in chunks")
+    lora: bool = Field(True, description="LoRA layers that keep their input alone")
+    gated_mlp: bool = Field(True, description="gated MLPs that keep gate and up alone")
+    norms: bool = Field(True, description="normalisations that keep their input alone")
+    tiled_mlp: bool = Field(
+        False, description="gated MLPs run over a few tokens at a time, for one more run of them"
+    )
+    host_embeddings: bool = Field(False, description="token embeddings stay on the host")
+    int8_head: bool = Field(
+        False, description="the frozen output layer in 8 bits; this one rounds the logits"
+    )
+
+
 class Memory(Settings):
     """What is traded for memory."""
 
-    checkpointing: Literal["auto", "none", "full"] = Field(
-        "auto", description="recompute activations in the backward pass; auto is full"
+    checkpointing: Literal["auto", "none", "full"] | Annotated[int, Field(ge=0)] = Field(
+        "auto",
+        description="layers whose activations are recomputed in the backward pass; auto is full",
     )
+    budget: Annotated[int, BeforeValidator(_as_bytes)] | None = Field(
+        None, description="8GiB, 512MiB: checkpointing: auto keeps what fits into it"
+    )
+    offload: Literal["none", "host", "disk"] = Field(
+        "none", description="where the inputs of recomputed layers wait for the backward pass"
+    )
+    savers: SaverSwitches = Field(default_factory=SaverSwitches, description="the engine's parts")
     micro_batch: int | None = Field(
         None, ge=1, description="examples a forward pass; else min(batch_size, 4)"
     )

@@ -61,7 +61,7 @@ def strategy_class(name: str) -> type[Strategy]:
             raise RecipeError(
                 f"There is no strategy {name!r}.",
                 where="strategy.name",
-                fix=_suggestion(name, strategy_names()),
+                fix=suggestion(name, strategy_names()),
             )
         target = found[0].value
     return _import_strategy(name, target)
@@ -94,7 +94,7 @@ def check_strategy(settings: Mapping[str, Any]) -> tuple[Strategy | None, Proble
     if not isinstance(name, str):
         return None, [(("name",), f"is missing; name one of: {', '.join(strategy_names())}")]
     if name not in strategy_names():
-        hint = _suggestion(name, strategy_names())
+        hint = suggestion(name, strategy_names())
         return None, [(("name",), f"there is no strategy {name!r}; {hint}")]
     cls = strategy_class(name)
     values, problems = _with_parts(cls, values)
@@ -136,7 +136,7 @@ def _part_fields(cls: type[Strategy]) -> set[str]:
 def _explain(problem: Any, cls: type[Strategy]) -> tuple[tuple[str, ...], str]:
     place = tuple(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        return place, f"no such setting; {_suggestion(place[-1], list(cls.model_fields))}"
+        return place, f"no such setting; {suggestion(place[-1], list(cls.model_fields))}"
     message = f"{problem['msg'][0].lower()}{problem['msg'][1:]}"
     return place, f"{message}, found {brief(problem.get('input'))}"
 
@@ -236,7 +236,8 @@ def _import_strategy(name: str, target: str) -> type[Strategy]:
     return cls
 
 
-def _suggestion(name: str, choices: list[str]) -> str:
+def suggestion(name: str, choices: list[str]) -> str:
+    """What a user may have meant, and what there is."""
     near = difflib.get_close_matches(name, choices, n=1)
     listed = ", ".join(choices) or "none"
     return f"did you mean {near[0]!r}? there are: {listed}" if near else f"there are: {listed}"

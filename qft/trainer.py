@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from qft import checkpoints
 from qft.data.tasks import Example, Task
 from qft.first_step import FirstStepCheck
+from qft.lean.model_parts import device_of
 from qft.progress import QUIET, Reporter
 from qft.recipe import Train
 from qft.step import Layout, StepResult, accumulate_gradients
@@ -91,7 +92,7 @@ class StepTrainer(Trainer):
         self.last_result: StepResult | None = None
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._batches = StepBatches(len(job.examples), job.settings.batch_size, job.settings.seed)
-        arguments = training_arguments(job, len(self._batches), next(model.parameters()).device)
+        arguments = training_arguments(job, len(self._batches), device_of(model))
         own: list[TrainerCallback] = [
             _Epochs(self._batches),
             FirstStepCheck(model, job.reporter),  # before the strategy may change what trains

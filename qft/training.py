@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from dataclasses import dataclass
@@ -13,22 +14,26 @@ from torch import nn
 from transformers import set_seed
 
 from qft import hardware, models
+from qft.budget import keep_what_fits
 from qft.card import make_card, write_card
 from qft.data.tasks import ExampleSet, pad_id
-from qft.errors import Interrupted
+from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
 from qft.inputs import Inputs, open_inputs, require_possible
+from qft.lean.checkpointing import checkpointed_layers
+from qft.lean.engine import Savers
+from qft.lean.model_parts import device_of
 from qft.lean.noise import install_noise
 from qft.packing_check import require_exact_packing
-from qft.preparation import prepare, prepared
+from qft.preparation import inner_model, prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.readiness import DEFAULT_MICRO_BATCH, make_ready
 from qft.recipe import Recipe
 from qft.registry import settings_of
 from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
-from qft.step import Layout
+from qft.step import Layout, accumulate_gradients
 from qft.task_loss import TaskLoss, balanced_weights
 from qft.trainer import Job, StepTrainer
 
@@ -79,6 +84,7 @@ def train(
         QftError: see :mod:`qft.errors`; the run folder keeps its checkpoints.
     """
     folder = Path(recipe.output)
+    _require_one_process()
     require_possible(recipe)
     local = [Path(p) for p in (recipe.model, recipe.data.train, recipe.data.eval) if p]
     require_apart(folder, *(path for path in local if path.exists()))
@@ -101,6 +107,17 @@ def train(
     return _finish(recipe, opened, trainer, report, folder, reporter)
 
 
+def _require_one_process() -> None:
+    """Several would write the same run folder."""
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise RecipeError(
+            "A training from a recipe runs in one process.",
+            found=f"WORLD_SIZE={os.environ['WORLD_SIZE']}, as accelerate launch and torchrun say",
+            fix="start qft without them; docs/engine.md shows several processes in a loop of one's "
+            "own",
+        )
+
+
 def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Opened:
     inputs = open_inputs(recipe, reporter)
     ready = make_ready(recipe, inputs)
@@ -115,7 +132,12 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
         f"loaded in {time.monotonic() - started:.1f} s"
     )
     model = prepare(
-        model, recipe.strategy, checkpointing=recipe.memory.checkpointing, context=ready.context
+        model,
+        recipe.strategy,
+        checkpointing=recipe.memory.checkpointing,
+        offload=recipe.memory.offload,
+        savers=Savers(**recipe.memory.savers.model_dump()),
+        context=ready.context,
     )
     if recipe.train.packing:
         require_exact_packing(model, inputs.train.examples, pad_id(inputs.tokenizer))
@@ -124,7 +146,35 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     _say_trainable(model, reporter)
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
+    if recipe.memory.budget is not None:
+        _keep_within(recipe, model, inputs, recipe.memory.budget, reporter)
     return _Opened(model, inputs, card, parameters)
+
+
+def _keep_within(
+    recipe: Recipe, model: nn.Module, inputs: Inputs, budget: int, reporter: Reporter
+) -> None:
+    """Lets as many layers keep their activations as `memory.budget` has room for."""
+    count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
+    longest = sorted(inputs.train.examples, key=lambda e: -len(e.inputs["input_ids"]))[:count]
+
+    def step() -> None:
+        accumulate_gradients(
+            model,
+            longest,
+            inputs.task,
+            step=0,
+            micro_batch=count,
+            pad_token_id=pad_id(inputs.tokenizer),
+            loss=_loss(recipe, inputs.train),
+        )
+
+    kept, taken = keep_what_fits(model, step, budget, recipe.train.optimizer)
+    layers = len(checkpointed_layers(inner_model(model)))
+    reporter.say(
+        f"memory: {kept} of {layers} layers keep their activations; the longest micro-batch takes "
+        f"{human_bytes(taken)} of {human_bytes(budget)}"
+    )
 
 
 def _install_noise(model: Any, alpha: float) -> None:
@@ -223,7 +273,7 @@ def _run(
     trainer: StepTrainer, recipe: Recipe, start: Path | None, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on."""
-    device = next(trainer.trained.parameters()).device.type
+    device = device_of(trainer.trained).type
     watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter)
     trainer.add_callback(watcher)
     before = _begin_measuring(device)

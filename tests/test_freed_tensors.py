@@ -42,7 +42,7 @@ def test_gradients_are_those_of_plain_training(strategy: FreedTensors, tiny_llam
     found = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert set(found) == set(strategy.trained(plain))
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.name}-{s.model_dump()}")

@@ -14,6 +14,7 @@ from qft.recipe import (
     Data,
     Memory,
     Recipe,
+    SaverSwitches,
     Settings,
     Train,
     build_recipe,
@@ -22,7 +23,7 @@ from qft.recipe import (
 from qft.recipe_reference import json_schema, reference
 from qft.registry import strategy_class, strategy_names
 
-GROUPS = (Recipe, Data, Columns, Augment, Memory, Train)
+GROUPS = (Recipe, Data, Columns, Augment, Memory, SaverSwitches, Train)
 
 GOOD = """\
 model: some/model

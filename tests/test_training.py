@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 import qft
 from qft import cli
 from qft.checkpoints import list_checkpoints
+from qft.errors import RecipeError
 from qft.models import ModelSpec, open_model
 from qft.recipe import Train
 from qft.trainer import Job, StepTrainer, schedule_factor
@@ -373,3 +374,14 @@ def test_a_pickled_base_trains_where_that_is_allowed(tiny_llama: Path, tmp_path:
     pickled = train(job(base, tmp_path, allow_pickle=True))
     plain = train(job(tiny_llama, tmp_path, output=str(tmp_path / "plain")))
     assert adapter_bytes(pickled.folder) == adapter_bytes(plain.folder)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """They would all write one run folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = qft.build_recipe({
+        "model": str(tmp_path), "task": "text", "strategy": "lora",
+        "data": {"train": "rows.jsonl"}, "output": str(tmp_path / "run"),
+    })  # fmt: skip
+    with pytest.raises(RecipeError, match="one process"):
+        qft.train(recipe)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qft import models, quantization
 from qft.errors import ModelError, VerificationError
 from qft.files import write_json
-from qft.lean.model_parts import writes_text
+from qft.lean.model_parts import device_of, writes_text
 
 FILE = "verification.json"
 _ROWS = 4  # rows a forward pass: their logits are what is held
@@ -230,7 +230,7 @@ def _has_decoder(model: nn.Module) -> bool:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return device_of(model)
 
 
 class _Tally:

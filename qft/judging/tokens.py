@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from qft.data.encoding import UNSUPERVISED
+from qft.preparation import prepared
 
 if TYPE_CHECKING:
     from qft.data.examples import Example
@@ -30,6 +31,12 @@ class TokenJudge:
     ) -> tuple[list[float], int, int]:
         """See `Judge`."""
         labels = batch["labels"]
+        state = prepared(model)
+        if state is not None and state.engine.loss is not None:
+            found = state.engine.loss.score(model, batch)
+            kept = found["label_mask"]
+            nats = (-found["log_probs"][kept]).double().tolist()
+            return nats, int(found["is_top1"][kept].sum()), len(nats)
         if labels.shape != batch["input_ids"].shape:  # a decoder of its own; nothing is shifted
             rows, columns = (labels != UNSUPERVISED).nonzero(as_tuple=True)
             # the last positions: a soft prompt may stand before them

@@ -1,0 +1,89 @@
+"""`memory.budget`: as many layers keep their activations as fit; the others recompute them.
+
+The longest micro-batch of the data is run forward and backward under the meter, with more or fewer
+layers keeping, until the most that fit is known: bytes grow with each layer that keeps, so a few
+trials are enough. Weights, gradients and random state are left as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from qft.errors import WillNotFitError
+from qft.lean.checkpointing import Choice, checkpointed_layers, install_checkpointing
+from qft.lean.meter import Meter
+from qft.lean.model_parts import device_of
+from qft.preparation import draws_from_generator, inner_model, prepared
+from qft.progress import human_bytes
+
+# bytes of optimizer states for each trained number
+STATE_BYTES = {"adamw": 8, "sgd": 4, "adafactor": 0.1, "adamw-8bit": 2.1, "paged-adamw": 0,
+               "paged-adamw-8bit": 0}  # fmt: skip
+
+
+def keep_what_fits(
+    model: nn.Module, step: Callable[[], object], budget_bytes: int, optimizer: str
+) -> tuple[int, int]:
+    """Chooses what each layer does.
+
+    Args:
+        model: prepared, with all of its layers recomputing.
+        step: a forward and a backward pass of the micro-batch that needs most.
+        budget_bytes: what weights, gradients, optimizer states and activations may take together.
+        optimizer: its name in the recipe.
+
+    Returns:
+        How many layers keep their activations, and the bytes this takes.
+
+    Raises:
+        WillNotFitError: it does not fit with all of them recomputing.
+    """
+    inner = inner_model(model)
+    layers = len(checkpointed_layers(inner))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    states = int(STATE_BYTES[optimizer] * trained)
+    state = prepared(model)
+    assert state is not None
+    away: Choice = "recompute" if state.offload == "none" else "offload"
+
+    def needed(kept: int) -> int:
+        choices: list[Choice] = [away] * (layers - kept) + ["keep"] * kept
+        install_checkpointing(
+            inner,
+            choices,
+            place="disk" if state.offload == "disk" else "host",
+            keeps_random_state=draws_from_generator(inner),
+        )
+        return states + _peak(model, step)
+
+    least = needed(0)
+    if least > budget_bytes:
+        raise WillNotFitError(
+            "The longest micro-batch does not fit into memory.budget.",
+            where="memory.budget",
+            found=f"{human_bytes(least)} needed with every layer recomputed, "
+            f"{human_bytes(budget_bytes)} allowed",
+            fix="a smaller memory.micro_batch or train.max_length, memory.offload, quantize: nf4",
+        )
+    fits, too_many, taken = 0, layers + 1, least
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        bytes_needed = needed(middle)
+        if bytes_needed <= budget_bytes:
+            fits, taken = middle, bytes_needed
+        else:
+            too_many = middle
+    needed_now = needed(fits) if layers else taken
+    return fits, needed_now
+
+
+def _peak(model: nn.Module, step: Callable[[], object]) -> int:
+    """The most bytes alive in one call of ``step``, which leaves no trace."""
+    cuda = device_of(model).type == "cuda"
+    with torch.random.fork_rng(devices=None if cuda else []), Meter(model) as counting:
+        step()
+    model.zero_grad(set_to_none=True)
+    return counting.reading().peak_bytes
