@@ -4,22 +4,28 @@ Training, planning, benchmarks and tests all call `accumulate_gradients`; the op
 `step()` is left to whoever owns the optimizer. The step receives the examples of one whole
 optimizer step, uncollated, and splits them itself, so that running out of memory is mended here:
 the micro-batch is halved and the same samples are replayed, and the update is the same.
+
+With several processes (DDP, FSDP2) each is given the same whole step and takes its share. What
+they compute together is what one would have computed alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from qft.data.packing import Row, collate_packed, one_row, pack
 from qft.data.seq2seq import target_lengths
 from qft.data.tasks import Example, Task
 from qft.errors import WillNotFitError, first_line
 from qft.lean.dropout import DropoutClock
-from qft.lean.model_parts import is_encoder_decoder, uses_flash_attention
+from qft.lean.model_parts import device_of, is_encoder_decoder, uses_flash_attention
 from qft.preparation import prepared
 from qft.strategy import Strategy
 from qft.task_loss import TaskLoss
@@ -46,7 +52,22 @@ class Layout:
         return [[example] for example in examples]
 
 
-LOOSE, PLAIN = Layout(), TaskLoss()
+@dataclass(frozen=True)
+class Share:
+    """Which of several processes this is, each of which computes a part of every step."""
+
+    rank: int = 0
+    processes: int = 1
+
+    @classmethod
+    def of_this_process(cls) -> Share:
+        """As torch.distributed has it; the only one where it was not started."""
+        if not distributed.is_available() or not distributed.is_initialized():
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+
+LOOSE, PLAIN, ALONE = Layout(), TaskLoss(), Share()
 
 
 @dataclass(frozen=True)
@@ -54,8 +75,8 @@ class StepResult:
     """What one optimizer step's forward and backward passes did.
 
     Attributes:
-        loss: mean over all supervised items (scalar, detached, float32).
-        items: supervised tokens, or rows for classification.
+        loss: mean over all supervised items of all processes (scalar, detached, float32).
+        items: supervised tokens, or rows for classification, of all processes, like ``tokens``.
         tokens: tokens that are not padding.
         micro_batch: the micro-batch that fitted.
         replays: how often the step began again for lack of memory.
@@ -78,9 +99,9 @@ def accumulate_gradients(
     pad_token_id: int,
     strategy: Strategy | None = None,
     backward: Callable[[Tensor], None] = Tensor.backward,
-    total_items: float | None = None,
     loss: TaskLoss = PLAIN,
     layout: Layout = LOOSE,
+    share: Share = ALONE,
 ) -> StepResult:
     """Adds the gradients of one optimizer step to ``model``'s parameters.
 
@@ -94,12 +115,13 @@ def accumulate_gradients(
         micro_batch: examples a forward pass, to begin with.
         strategy: adds its penalty, if it has one.
         backward: ``accelerator.backward`` in a Trainer.
-        total_items: items over all processes, divided by their number; None on a single one.
         loss: what is minimised, where it is not the model's own loss alone.
         layout: how the examples are put into rows.
+        share: which part of the examples is this process's.
 
     Raises:
-        WillNotFitError: not even one example fits.
+        WillNotFitError: not even one example fits; with several processes nothing is replayed,
+            since the others would wait.
     """
     micro_batch = max(1, min(micro_batch, len(examples)))
     replays = 0
@@ -107,11 +129,11 @@ def accumulate_gradients(
     while True:
         try:
             return _attempt(model, examples, task, step, micro_batch, pad_token_id, strategy,
-                            backward, total_items, replays, loss, layout)  # fmt: skip
+                            backward, replays, loss, layout, share)  # fmt: skip
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            if micro_batch == 1:
+            if micro_batch == 1 or share.processes > 1:
                 raise _does_not_fit(examples, error) from error
         # outside the handler: the traceback holds the activations that did not fit
         micro_batch = (micro_batch + 1) // 2
@@ -131,44 +153,111 @@ def _attempt(
     pad_token_id: int,
     strategy: Strategy | None,
     backward: Callable[[Tensor], None],
-    total_items: float | None,
     replays: int,
     loss: TaskLoss,
     layout: Layout,
+    share: Share,
 ) -> StepResult:
     state = prepared(model)
-    device = next(model.parameters()).device
+    device = device_of(model)
     rows = layout.rows(examples)
-    parts = [rows[i : i + micro_batch] for i in range(0, len(rows), micro_batch)]
-    if layout.pack_to is not None and uses_flash_attention(model):
-        parts = [one_row(part) for part in parts]
-    batches = [_collate(part, task, pad_token_id, layout) for part in parts]
-    items = [loss.items(task, batch) for batch in batches]
+    flat = layout.pack_to is not None and uses_flash_attention(model)
+
+    def make(chosen: Sequence[Row]) -> _Part:
+        chosen = one_row(chosen) if flat else chosen
+        batch = _collate(chosen, task, pad_token_id, layout)
+        return _Part(chosen, batch, loss.items(task, batch), task.label_count(batch))
+
+    parts, total, labels = _parts(rows, micro_batch, share, make)
     # with a cache, transformers takes positions that begin anew for a continued text
-    extra = {"use_cache": False} if layout.pack_to is not None else {}
+    extra: dict[str, Any] = {"use_cache": False} if layout.pack_to is not None else {}
+    chunked = state is not None and state.engine.loss is not None
+    if chunked and loss.smoothing:
+        extra["label_smoothing"] = loss.smoothing
     shifted = task.predicts == "tokens" and not is_encoder_decoder(model)
-    denominator = float(sum(items)) if total_items is None else total_items
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     try:
-        for part, batch, count in zip(parts, batches, items, strict=True):
-            if count == 0:  # its mean would be 0 / 0
-                continue
+        for number, part in enumerate(parts):
             if state is not None:
-                _announce(state.clock, step, part, batch, layout)
-            inputs = {name: value.to(device) for name, value in batch.items()}
-            mean = loss.of(model(**inputs, **extra), inputs, shifted=shifted)
-            backward(mean * (count / denominator))
-            loss_sum += mean.detach().float() * (count / max(sum(items), 1e-9))
+                _announce(state.clock, step, part.rows, part.batch, layout)
+            inputs = {name: value.to(device) for name, value in part.batch.items()}
+            with _unsynchronised(model, share, number < len(parts) - 1):
+                output = model(**inputs, **extra)
+                mean = output.loss if chunked else loss.of(output, inputs, shifted=shifted)
+                del output  # the logits, where there are any
+                weight = part.items * part.counts / total
+                # gradients are averaged over the processes, and are to be summed
+                backward(mean * (weight * share.processes))
+            loss_sum += mean.detach().float() * weight
             del mean
+        if share.processes > 1:
+            distributed.all_reduce(loss_sum)
         if strategy is not None and (penalty := strategy.penalty(model)) is not None:
-            backward(penalty)
+            backward(penalty)  # the same in every process
             loss_sum += penalty.detach().float()
     finally:
         if state is not None:
             state.clock.clear()
     tokens = sum(len(example.inputs["input_ids"]) for example in examples)
-    counted = sum(task.label_count(batch) for batch in batches)
-    return StepResult(loss_sum, counted, tokens, micro_batch, replays)
+    return StepResult(loss_sum, labels, tokens, micro_batch, replays)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The rows of one forward pass.
+
+    Attributes:
+        items: what its mean loss is a mean over.
+        labels: how many there are.
+        counts: 0 where the rows are another process's, and are run only because all processes
+            must run as often.
+    """
+
+    rows: Sequence[Row]
+    batch: dict[str, Tensor]
+    items: float
+    labels: int
+    counts: int = 1
+
+
+def _parts(
+    rows: Sequence[Row],
+    micro_batch: int,
+    share: Share,
+    make: Callable[[Sequence[Row]], _Part],
+) -> tuple[list[_Part], float, int]:
+    """This process's micro-batches; the items and the labels of all processes together.
+
+    One without a label is left out: its mean would be 0 / 0. Every process gets as many.
+    """
+    own = rows[share.rank :: share.processes]
+    parts = [make(own[at : at + micro_batch]) for at in range(0, len(own), micro_batch)]
+    parts = [part for part in parts if part.items]
+    if share.processes == 1:
+        return parts, sum(part.items for part in parts), sum(part.labels for part in parts)
+    single = [part for part in (make([row]) for row in rows) if part.items]
+    if single:
+        most = math.ceil(math.ceil(len(rows) / share.processes) / micro_batch)
+        parts += [replace(single[0], counts=0)] * (most - len(parts))
+    return parts, sum(part.items for part in single), sum(part.labels for part in single)
+
+
+@contextlib.contextmanager
+def _unsynchronised(model: Any, share: Share, more_to_come: bool) -> Iterator[None]:
+    """Gradients are exchanged once a step: with the last micro-batch."""
+    if share.processes == 1 or not more_to_come:
+        yield
+    elif hasattr(model, "no_sync"):  # DDP
+        with model.no_sync():
+            yield
+    elif hasattr(model, "set_requires_gradient_sync"):  # FSDP2
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
 
 
 def _collate(
@@ -213,7 +302,7 @@ def _does_not_fit(examples: Sequence[Example], error: BaseException) -> WillNotF
 
 
 def _random_state(model: nn.Module) -> list[Tensor]:
-    cuda = next(model.parameters()).is_cuda
+    cuda = device_of(model).type == "cuda"
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
 
 
