@@ -380,6 +380,39 @@ def strategies(
     _print(rows, as_json, lambda: _show_strategies(rows))
 
 
+bench = typer.Typer(no_args_is_help=True, help="Memory and throughput, measured.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def step(
+    shape: Annotated[str, typer.Option(help="A built-in shape, or a config.json.")],
+    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens a sequence.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Of LoRA on all linear layers.")] = 16,
+    quantize: Annotated[str, typer.Option(help="none, nf4, fp4 or int8.")] = "none",
+    checkpointing: Annotated[str, typer.Option(help="none, full, or a number of layers.")] = "full",
+    offload: Annotated[str, typer.Option(help="none, host or disk.")] = "none",
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or sgd.")] = "adamw",
+    labels: Annotated[float, typer.Option(min=0, max=1, help="Share that has a label.")] = 1.0,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--with", help="tiled_mlp, host_embeddings, int8_head; may be repeated."),
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="PEFT's way, without the engine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The bytes and FLOPs of a training step at true scale: no weights, no GPU, seconds."""
+    from qft.bench.command import meter_and_describe
+
+    row = meter_and_describe(
+        shape=shape, length=length, batch=batch, rank=rank, quantize=quantize,
+        checkpointing=checkpointing, offload=offload, optimizer=optimizer, label_share=labels,
+        options=option or [], plain=plain,
+    )  # fmt: skip
+    _print(row, as_json, lambda: _show_step(row))
+
+
 @app.command()
 def env(as_json: Json = False) -> None:
     """This machine and the installed versions, for a bug report."""
@@ -397,6 +430,20 @@ def recipe(
     from qft.recipe_reference import json_schema, reference
 
     print(json.dumps(json_schema(), indent=2) if schema else reference())
+
+
+def _show_step(row: dict[str, Any]) -> None:
+    from qft.progress import human_bytes
+
+    _table({
+        "static": f"{human_bytes(row['static_bytes'])}: weights and adapters",
+        "resident": f"{human_bytes(row['resident_bytes'])}: with gradients and optimizer states",
+        "peak": f"{human_bytes(row['peak_bytes'])}, in the {row['peak_phase']} pass",
+        **{f"  {k}": human_bytes(v) for k, v in row["peak_by_category"].items() if v},
+        "a token": f"{row['bytes_per_token_above_resident'] / 1000:,.1f} kB above resident",
+        "on the host": human_bytes(row["host_peak_bytes"]),
+        "FLOPs": f"{row['flops'] / 1e12:,.2f} T",
+    })  # fmt: skip
 
 
 def _reporter(quiet: bool, as_json: bool) -> Reporter:

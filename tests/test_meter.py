@@ -1,0 +1,251 @@
+"""The meter counts what is there to the byte, and fake tensors count as real ones do."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapters.lora import LoRA
+from qft import models
+from qft.bench.fake_model import fake_step
+from qft.bench.shapes import SHAPES, shape_config
+from qft.bench.step import PLAIN, StepSettings, meter_step
+from qft.lean.engine import Savers
+from qft.lean.meter import Meter, Reading, meter
+from qft.lean.standins import EightBitAdam, quantize_skeleton, quantized_bytes
+from qft.preparation import prepare, prepared
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256,
+}  # fmt: skip
+
+
+def test_a_step_written_out_by_hand():
+    layer = nn.Linear(10, 20, bias=False)  # 800 bytes
+    frozen = nn.Linear(20, 20, bias=False).requires_grad_(False)  # 1600 bytes
+    model = nn.Sequential(layer, frozen)
+    optimizer = torch.optim.SGD(layer.parameters(), momentum=0.9, lr=0.1, foreach=False)
+    x = torch.ones(5, 10)  # 200 bytes
+
+    def step() -> None:
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    reading = meter(step, model=model, optimizer=optimizer)
+    assert reading.static_bytes == 800 + 1600
+    assert reading.most["gradients"] == 800
+    assert reading.most["optimizer"] == 800
+    assert reading.resident_bytes == 2400 + 800 + 800
+    assert reading.end_bytes == 2400 + 800 + 200  # the gradient is gone, the input is still there
+    # kept for the backward pass: the input (the frozen layer needs none); the loss and the 1 that
+    # its gradient is are there as well
+    assert reading.activation_bytes == 200 + 4 + 4
+    # the two layers' rows, 400 bytes each, and no more
+    assert reading.phases["forward"].by_category["temporary"] == 800
+    # products: 5·10·20 and 5·20·20, twice each; the frozen one's weight gets no gradient,
+    # the first one's input none
+    assert reading.flops["forward"] == 2 * (5 * 10 * 20 + 5 * 20 * 20)
+    assert reading.flops["backward"] == 2 * (5 * 20 * 20 + 5 * 10 * 20)
+
+
+def test_anybodys_step_can_be_metered():
+    model = nn.Linear(8, 8)
+    reading = meter(lambda: model(torch.ones(4, 8)).sum().backward())
+    assert reading.most["adapters"] == 8 * 8 * 4 + 8 * 4
+    assert reading.most["gradients"] == reading.most["adapters"]
+    assert reading.peak_bytes >= 2 * reading.most["adapters"]
+
+
+def test_what_is_freed_is_gone_at_once():
+    with Meter() as counting:
+        for _ in range(5):
+            big = torch.empty(1000)
+            del big
+        kept = torch.empty(10)
+    reading = counting.reading()
+    assert reading.peak_bytes == 4000
+    assert reading.end_bytes == kept.nbytes
+
+
+def test_views_count_once_and_a_storage_that_grows_counts_its_growth():
+    with Meter() as counting:
+        tensor = torch.empty(100)
+        view = tensor[10:].view(9, 10)
+        tensor.resize_(200)
+        other = view.t()
+    assert counting.reading().end_bytes == 800
+    assert other.shape == (10, 9)
+
+
+def small_config(kind: str) -> Any:
+    import transformers
+
+    match kind:
+        case "llama":
+            return transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
+        case "gemma3":
+            return transformers.Gemma3TextConfig(**SMALL, head_dim=16, sliding_window=16)
+        case "bert":
+            sizes = {k: v for k, v in SMALL.items() if k != "num_key_value_heads"}
+            return transformers.BertConfig(
+                **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+            )
+        case _:
+            return transformers.T5Config(
+                vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                dropout_rate=0.0, decoder_start_token_id=0,
+            )  # fmt: skip
+
+
+CLASSES = {
+    "llama": "AutoModelForCausalLM", "gemma3": "AutoModelForCausalLM",
+    "bert": "AutoModelForSequenceClassification", "t5": "AutoModelForSeq2SeqLM",
+}  # fmt: skip
+
+
+def stepped(kind: str, device: str, checkpointing: Any, savers: Savers) -> Reading:
+    import transformers
+
+    auto = getattr(transformers, CLASSES[kind])
+    torch.manual_seed(0)
+    with torch.device("cpu" if device == "real" else "meta"):
+        model = auto.from_config(small_config(kind), dtype=torch.bfloat16)
+    model = prepare(model, LoRA(rank=4), checkpointing=checkpointing, savers=savers)
+
+    state = prepared(model)
+    if state is not None and state.engine.loss is not None and kind in ("llama", "gemma3"):
+        state.engine.loss.fake_labels = 2 * 47  # a row's first token is nobody's label
+
+    def run() -> Reading:
+        place = "cpu" if device == "real" else device
+        ids = torch.ones(2, 48, dtype=torch.long, device=place)
+        labels = ids if kind != "bert" else torch.zeros(2, dtype=torch.long, device=place)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], foreach=False
+        )
+
+        def step() -> None:
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return meter(step, model=model, optimizer=optimizer)
+
+    if device == "real":
+        return run()
+    with fake_step(model, device):
+        return run()
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("savers", [Savers(), PLAIN], ids=["lean", "plain"])
+def test_a_fake_step_counts_as_a_real_one(kind: str, checkpointing: str, savers: Savers):
+    real = stepped(kind, "real", checkpointing, savers)
+    for device in ("cpu", "meta"):
+        gc.collect()
+        fake = stepped(kind, device, checkpointing, savers)
+        # AdamW counts its steps in a number a tensor, which on fake tensors is on the host
+        assert 0 <= real.resident_bytes - fake.resident_bytes <= 4 * 64
+        assert fake.static_bytes == real.static_bytes
+        for phase, snapshot in real.phases.items():
+            # a real batch also has its labels looked for: a mask, and a position each
+            total = pytest.approx(snapshot.total, rel=1e-3, abs=2048)
+            assert fake.phases[phase].total == total, phase
+        assert fake.flops["backward"] == pytest.approx(real.flops["backward"], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_stand_in_holds_what_bitsandbytes_holds(kind: str, tiny_llama: Path):
+    spec = models.ModelSpec(str(tiny_llama), quantize=kind, dtype=torch.bfloat16, device="cpu")
+    real = models.open_model(tiny_llama, spec)
+    skeleton = models.open_skeleton(tiny_llama, spec)
+    quantize_skeleton(skeleton, kind, ("lm_head",))
+    with Meter(real) as counting:
+        pass
+    held = counting.reading().static_bytes
+    with fake_step(skeleton), Meter(skeleton) as counting:
+        pass
+    wanted = counting.reading().static_bytes
+    layers = sum(type(m).__name__.startswith("Linear") and "bit" in type(m).__name__
+                 for m in real.modules())  # fmt: skip
+    # tables of 16 and 256 numbers a layer, which a model of any size shares with nobody
+    tables = layers * (16 + 256) * 4 if kind == "nf4" else 0
+    assert 0 <= held - wanted <= tables
+    linear = next(m for m in real.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt"))
+    size = quantized_bytes(kind, linear.out_features, linear.in_features)
+    assert linear.weight.data.nbytes == size.packed
+
+
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+def test_a_quantized_step_counts_as_a_real_one(kind: str, tiny_llama: Path):
+    spec = models.ModelSpec(str(tiny_llama), quantize=kind, dtype=torch.bfloat16, device="cpu")
+    real = prepare(models.open_model(tiny_llama, spec), LoRA(rank=4), checkpointing="full")
+    skeleton = models.open_skeleton(tiny_llama, spec)
+    if kind != "none":
+        quantize_skeleton(skeleton, kind, ("lm_head",))
+    fake = prepare(skeleton, LoRA(rank=4), checkpointing="full")
+
+    def reading(model: nn.Module, device: str) -> Reading:
+        ids = torch.ones(2, 64, dtype=torch.long, device=device)
+        return meter(lambda: model(input_ids=ids, labels=ids).loss.backward(), model=model)
+
+    real_reading = reading(real, "cpu")
+    with fake_step(fake):
+        fake_reading = reading(fake, "meta")
+    above = [r.peak_bytes - r.static_bytes for r in (real_reading, fake_reading)]
+    assert above[1] == pytest.approx(above[0], rel=0.02)
+
+
+def test_the_8_bit_optimizers_stand_in_holds_what_bitsandbytes_holds():
+    import bitsandbytes as bnb
+
+    def held(make: Any) -> dict[str, int]:
+        parameters = [nn.Parameter(torch.ones(64, 100)), nn.Parameter(torch.ones(100))]
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer = make(parameters)
+        optimizer.step()
+        tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        once = {t.untyped_storage().data_ptr(): t.nbytes for t in tensors}
+        return {"bytes": sum(once.values())}
+
+    ours = held(EightBitAdam)["bytes"]
+    theirs = held(lambda p: bnb.optim.AdamW8bit(p, lr=1e-3))["bytes"]
+    assert 0 <= ours - theirs <= 2 * 2 * 256 * 4  # bitsandbytes shares its tables of 256 numbers
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_a_config_transformers_knows(shape: str):
+    config = shape_config(shape)
+    assert config.vocab_size > 30000
+    sizes = {"llama-3.1-8b": 8.03e9, "llama-3.1-70b": 70.55e9, "llama-3.2-1b": 1.236e9,
+             "llama-3.2-3b": 3.213e9, "qwen2.5-0.5b": 0.494e9, "qwen2.5-1.5b": 1.544e9,
+             "qwen2.5-3b": 3.086e9, "qwen2.5-7b": 7.616e9, "qwen2.5-14b": 14.77e9,
+             "qwen2.5-32b": 32.76e9, "gemma-3-1b": 1.0e9, "gemma-3-4b": 3.88e9,
+             "mistral-7b": 7.248e9, "bert-base": 0.1095e9, "t5-base": 0.2229e9}  # fmt: skip
+    import transformers
+
+    from qft.bench.shapes import TASKS
+
+    auto = getattr(transformers, models.AUTO_CLASSES[TASKS.get(config.model_type, "text")])
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    model.tie_weights()
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(sizes[shape], rel=2e-3)
+
+
+def test_plain_peft_needs_what_it_is_known_to_need():
+    """One point of the baselines that every comparison rests on: Llama-3.2-1B, T=2048."""
+    settings = StepSettings("llama-3.2-1b", checkpointing="full", savers=PLAIN)
+    reading = meter_step(settings, LoRA(rank=16))
+    assert reading.static_bytes / 2**30 == pytest.approx(2.34, abs=0.01)
+    # a loop that holds on to the logits has another copy of them, 0.49 GiB
+    assert reading.peak_bytes / 2**30 == pytest.approx(6.00 - 0.49, abs=0.01)
