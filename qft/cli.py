@@ -392,7 +392,7 @@ def step(
     rank: Annotated[int, typer.Option(min=1, help="Of LoRA on all linear layers.")] = 16,
     quantize: Annotated[str, typer.Option(help="none, nf4, fp4 or int8.")] = "none",
     checkpointing: Annotated[str, typer.Option(help="none, full, or a number of layers.")] = "full",
-    offload: Annotated[str, typer.Option(help="none, host or disk.")] = "none",
+    offload: Annotated[str, typer.Option(help="none or host.")] = "none",
     optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or sgd.")] = "adamw",
     labels: Annotated[float, typer.Option(min=0, max=1, help="Share that has a label.")] = 1.0,
     option: Annotated[

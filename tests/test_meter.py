@@ -249,3 +249,26 @@ def test_plain_peft_needs_what_it_is_known_to_need():
     assert reading.static_bytes / 2**30 == pytest.approx(2.34, abs=0.01)
     # a loop that holds on to the logits has another copy of them, 0.49 GiB
     assert reading.peak_bytes / 2**30 == pytest.approx(6.00 - 0.49, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shape", "qwen2.5-0.5"], "did you mean 'qwen2.5-0.5b'"),
+        (["--shape", "bert-base", "--checkpointing", "some"], "a number of layers"),
+        (["--shape", "bert-base", "--offload", "disk"], "none, host"),
+        (["--shape", "bert-base", "--with", "magic"], "tiled_mlp, host_embeddings, int8_head"),
+        (["--shape", "bert-base", "--labels", "0.5"], "leave --plain out"),
+    ],
+)
+def test_a_wrong_word_is_one_error(options: list[str], words: str, capsys: Any):
+    import sys
+    from unittest import mock
+
+    from qft import cli
+
+    with mock.patch.object(sys, "argv", ["qft", "bench", "step", *options]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

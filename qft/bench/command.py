@@ -13,7 +13,7 @@ from qft.registry import build_strategy
 
 CHOICES = {
     "quantize": ("none", "nf4", "fp4", "int8"),
-    "offload": ("none", "host", "disk"),
+    "offload": ("none", "host"),
     "optimizer": ("adamw", "adamw-8bit", "sgd"),
 }
 OPTIONS = ("tiled_mlp", "host_embeddings", "int8_head")

@@ -115,7 +115,8 @@ def _batch(model: nn.Module, settings: StepSettings) -> dict[str, torch.Tensor]:
         state.engine.loss.fake_labels = round(settings.label_share * ids.numel())
     elif settings.label_share != 1.0:
         raise RecipeError("Only the chunked loss knows labels from other tokens.",
-                          where="label_share", fix="savers.label_loss")  # fmt: skip
+                          where="--labels", found=settings.label_share,
+                          fix="leave --plain out, or take a model that writes text")  # fmt: skip
     return batch
 
 
