@@ -261,14 +261,13 @@ def test_plain_peft_needs_what_it_is_known_to_need():
         (["--shape", "bert-base", "--labels", "0.5"], "leave --plain out"),
     ],
 )
-def test_a_wrong_word_is_one_error(options: list[str], words: str, capsys: Any):
-    import sys
-    from unittest import mock
-
+def test_a_wrong_word_is_one_error(
+    options: list[str], words: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+):
     from qft import cli
 
-    with mock.patch.object(sys, "argv", ["qft", "bench", "step", *options]):
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+    monkeypatch.setattr("sys.argv", ["qft", "bench", "step", *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
