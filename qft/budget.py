@@ -60,14 +60,7 @@ def keep_what_fits(
         return states + _peak(model, step)
 
     least = needed(0)
-    if least > budget_bytes:
-        raise WillNotFitError(
-            "The longest micro-batch does not fit into memory.budget.",
-            where="memory.budget",
-            found=f"{human_bytes(least)} needed with every layer recomputed, "
-            f"{human_bytes(budget_bytes)} allowed",
-            fix="a smaller memory.micro_batch or train.max_length, memory.offload, quantize: nf4",
-        )
+    _require_within(least, budget_bytes, "with every layer recomputed")
     fits, too_many, taken = 0, layers + 1, least
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
@@ -78,6 +71,31 @@ def keep_what_fits(
             too_many = middle
     needed_now = needed(fits) if layers else taken
     return fits, needed_now
+
+
+def require_within(
+    model: nn.Module, step: Callable[[], object], budget_bytes: int, optimizer: str
+) -> int:
+    """The bytes a model takes as it is; see `keep_what_fits`.
+
+    Raises:
+        WillNotFitError: it is more than the budget.
+    """
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    taken = int(STATE_BYTES[optimizer] * trained) + _peak(model, step)
+    _require_within(taken, budget_bytes, "with memory.checkpointing as it is")
+    return taken
+
+
+def _require_within(taken: int, budget_bytes: int, how: str) -> None:
+    if taken > budget_bytes:
+        raise WillNotFitError(
+            "The longest micro-batch does not fit into memory.budget.",
+            where="memory.budget",
+            found=f"{human_bytes(taken)} needed {how}, {human_bytes(budget_bytes)} allowed",
+            fix="a smaller memory.micro_batch or train.max_length, checkpointing: auto, "
+            "memory.offload, quantize: nf4",
+        )
 
 
 def _peak(model: nn.Module, step: Callable[[], object]) -> int:

@@ -175,7 +175,7 @@ class Memory(Settings):
         description="layers whose activations are recomputed in the backward pass; auto is full",
     )
     budget: Annotated[int, BeforeValidator(_as_bytes)] | None = Field(
-        None, description="8GiB, 512MiB: checkpointing: auto keeps what fits into it"
+        None, description="8GiB, 512MiB: what a step may hold; checkpointing: auto keeps what fits"
     )
     offload: Literal["none", "host", "disk"] = Field(
         "none", description="where the inputs of recomputed layers wait for the backward pass"

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import set_seed
 
 from qft import hardware, models
-from qft.budget import keep_what_fits
+from qft.budget import keep_what_fits, require_within
 from qft.card import make_card, write_card
 from qft.data.tasks import ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
@@ -154,7 +154,7 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
 def _keep_within(
     recipe: Recipe, model: nn.Module, inputs: Inputs, budget: int, reporter: Reporter
 ) -> None:
-    """Lets as many layers keep their activations as `memory.budget` has room for."""
+    """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
     count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
     longest = sorted(inputs.train.examples, key=lambda e: -len(e.inputs["input_ids"]))[:count]
 
@@ -169,11 +169,16 @@ def _keep_within(
             loss=_loss(recipe, inputs.train),
         )
 
-    kept, taken = keep_what_fits(model, step, budget, recipe.train.optimizer)
     layers = len(checkpointed_layers(inner_model(model)))
+    chosen = ""
+    if recipe.memory.checkpointing == "auto" and layers:
+        kept, taken = keep_what_fits(model, step, budget, recipe.train.optimizer)
+        chosen = f"{kept} of {layers} layers keep their activations; "
+    else:
+        taken = require_within(model, step, budget, recipe.train.optimizer)
     reporter.say(
-        f"memory: {kept} of {layers} layers keep their activations; the longest micro-batch takes "
-        f"{human_bytes(taken)} of {human_bytes(budget)}"
+        f"memory: {chosen}the longest micro-batch takes {human_bytes(taken)} of "
+        f"{human_bytes(budget)}"
     )
 
 

@@ -76,5 +76,7 @@ def test_a_training_within_its_budget_learns_the_same(tiny_llama: Path, tmp_path
     assert trained("a", {"budget": "1GiB"}) == trained("b", {"checkpointing": "full"})
     with pytest.raises(WillNotFitError, match=r"memory\.budget"):
         trained("c", {"budget": "100KiB"})
+    with pytest.raises(WillNotFitError, match="as it is"):
+        trained("c", {"budget": "100KiB", "checkpointing": "none"})
     with pytest.raises(RecipeError, match="not a size"):
         trained("d", {"budget": "much"})
