@@ -101,13 +101,15 @@ def _optimizer(model: nn.Module, name: Optimizer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, foreach=False)
 
 
-def _batch(model: nn.Module, settings: StepSettings) -> dict[str, torch.Tensor]:
+def _batch(model: nn.Module, settings: StepSettings) -> dict[str, Any]:
     inner: Any = inner_model(model)
     ids = torch.zeros(settings.batch, settings.length, dtype=torch.long, device=DEVICE)
     labels = ids
     if not writes_text(inner):
         labels = torch.zeros(settings.batch, dtype=torch.long, device=DEVICE)
-    batch = {"input_ids": ids, "labels": labels}
+    batch: dict[str, Any] = {"input_ids": ids, "labels": labels}
+    if writes_text(inner):
+        batch["use_cache"] = False  # as a Trainer has it
     if is_encoder_decoder(inner) or not writes_text(inner):
         batch["attention_mask"] = torch.ones_like(ids)
     state = prepared(model)
