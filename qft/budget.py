@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from qft.errors import WillNotFitError
-from qft.lean.checkpointing import Choice, checkpointed_layers, install_checkpointing
+from qft.lean.checkpointing import Choice, Place, checkpointed_layers, install_checkpointing
 from qft.lean.meter import Meter
 from qft.lean.model_parts import device_of
-from qft.preparation import draws_from_generator, inner_model, prepared
+from qft.preparation import inner_model, prepared
 from qft.progress import human_bytes
 
 # bytes of optimizer states for each trained number
@@ -51,12 +51,8 @@ def keep_what_fits(
 
     def needed(kept: int) -> int:
         choices: list[Choice] = [away] * (layers - kept) + ["keep"] * kept
-        install_checkpointing(
-            inner,
-            choices,
-            place="disk" if state.offload == "disk" else "host",
-            keeps_random_state=draws_from_generator(inner),
-        )
+        place: Place = "disk" if state.offload == "disk" else "host"
+        install_checkpointing(inner, choices, place=place)
         return states + _peak(model, step)
 
     least = needed(0)

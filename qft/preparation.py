@@ -78,12 +78,14 @@ def prepare(
     """
     if prepared(model) is not None:
         raise RecipeError("This model is prepared already.", fix="qft.unprepare(model) first")
-    known = checkpointing in ("auto", "none", "full") or (
-        isinstance(checkpointing, int) and checkpointing >= 0
-    )
+    layers = isinstance(checkpointing, int) and not isinstance(checkpointing, bool)
+    known = checkpointing in ("auto", "none", "full") or (layers and int(checkpointing) >= 0)
     if not known:
         raise RecipeError("No such checkpointing.", where="checkpointing", found=checkpointing,
                           fix="auto, none, full or a number of layers")  # fmt: skip
+    if offload not in ("none", "host", "disk"):
+        raise RecipeError("No such place.", where="offload", found=offload,
+                          fix="none, host or disk")  # fmt: skip
     context = context or Context()
     quantization.guard_cpu_kernels(model)
     attached = model if strategy is None else strategy.attach(model, context)
@@ -124,6 +126,9 @@ def unprepare(model: nn.Module) -> nn.Module:
     state = prepared(model)
     if state is None:
         raise RecipeError("This model is not prepared.", fix="qft.prepare(model, strategy) first")
+    if _ATTRIBUTE not in model.__dict__:  # a wrapper's, such as DDP
+        unprepare(model.module)  # type: ignore[arg-type]
+        return model
     state.engine.remove()
     remove_dropout(model)
     if state.checkpointing:
@@ -155,9 +160,7 @@ def _enable_checkpointing(inner: Any, asked: Checkpointing, offload: Offload) ->
         # the lowest ones: what the upper ones keep is gone by the time these are recomputed
         choices: list[Choice] = [choice] * count + ["keep"] * (layers - count)
         place: Place = "disk" if offload == "disk" else "host"
-        install_checkpointing(
-            inner, choices, place=place, keeps_random_state=draws_from_generator(inner)
-        )
+        install_checkpointing(inner, choices, place=place)
         return True
     if not getattr(inner, "supports_gradient_checkpointing", False):
         return False
@@ -166,11 +169,6 @@ def _enable_checkpointing(inner: Any, asked: Checkpointing, offload: Offload) ->
     # checkpointing needs; it would send the backward pass through every frozen layer
     inner.disable_input_require_grads()
     return True
-
-
-def draws_from_generator(inner: Any) -> bool:
-    """Whether a layer that is run again must begin with the same random state."""
-    return bool(_stock_dropouts(inner))
 
 
 def _stock_dropouts(inner: Any) -> list[str]:

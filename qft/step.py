@@ -183,7 +183,7 @@ def _attempt(
             inputs = {name: value.to(device) for name, value in part.batch.items()}
             with _unsynchronised(model, share, number < len(parts) - 1):
                 output = model(**inputs, **extra)
-                mean = output.loss if chunked else loss.of(output, inputs, shifted=shifted)
+                mean = loss.of(output, inputs, shifted=shifted)
                 del output  # the logits, where there are any
                 weight = part.items * part.counts / total
                 # gradients are averaged over the processes, and are to be summed

@@ -255,10 +255,13 @@ def test_plain_peft_needs_what_it_is_known_to_need():
     ("options", "words"),
     [
         (["--shape", "qwen2.5-0.5"], "did you mean 'qwen2.5-0.5b'"),
-        (["--shape", "bert-base", "--checkpointing", "some"], "a number of layers"),
+        (["--shape", "bert-base", "--seq", "64", "--checkpointing", "some"], "a number of layers"),
         (["--shape", "bert-base", "--offload", "disk"], "none, host"),
         (["--shape", "bert-base", "--with", "magic"], "tiled_mlp, host_embeddings, int8_head"),
-        (["--shape", "bert-base", "--labels", "0.5"], "leave --plain out"),
+        (["--shape", "bert-base", "--seq", "64", "--labels", "0.5"], "leave --plain out"),
+        (["--shape", "bert-base", "--seq", "1024"], "at most 512"),
+        (["--shape", "llama-3.2-1b", "--plain", "--with", "int8_head"], "leave out one"),
+        (["--shape", "llama-3.2-1b", "--checkpointing", "none", "--offload", "host"], "recomputed"),
     ],
 )
 def test_a_wrong_word_is_one_error(
@@ -271,3 +274,20 @@ def test_a_wrong_word_is_one_error(
         cli.main()
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "no model's config"),
+        ('{"model_type": "nothing"}', "does not take"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "does not take"),
+        ('{"model_type": "vit"}', "no model for the task"),
+    ],
+)
+def test_a_config_that_is_none_is_one_error(text: str, words: str, tmp_path: Path):
+    from qft.errors import RecipeError
+
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RecipeError, match=words):
+        meter_step(StepSettings(str(tmp_path)), LoRA(rank=2))

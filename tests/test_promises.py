@@ -25,9 +25,9 @@ _PLACES = """
     errors scripts files progress quiet_libraries hardware
     strategy registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
-    lean.patching lean.meter lean.standins lean.label_loss lean.divergence lean.int8_head
-    lean.token_scores lean.model_loss lean.lora_linear lean.tiled_mlp lean.gated_mlp lean.norms
-    lean.checkpointing lean.engine
+    lean.patching lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence
+    lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.tiled_mlp
+    lean.gated_mlp lean.norms lean.engine
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing

@@ -39,6 +39,13 @@ def meter_and_describe(
     if unknown := [option for option in options if option not in OPTIONS]:
         raise RecipeError("No such option.", where="--with", found=unknown[0],
                           fix=", ".join(OPTIONS))  # fmt: skip
+    if plain and options:
+        raise RecipeError("PEFT's way has none of the engine's options.", where="--plain, --with",
+                          found=", ".join(options), fix="leave out one of the two")  # fmt: skip
+    if checkpointing in ("none", "0") and settings.get("offload", "none") != "none":
+        raise RecipeError("Only the inputs of recomputed layers are offloaded.", where="--offload",
+                          found=f"--checkpointing {checkpointing}",
+                          fix="--checkpointing full, or a number of layers")  # fmt: skip
     layers: Any = int(checkpointing) if checkpointing.isdigit() else checkpointing
     savers = PLAIN if plain else replace(Savers(), **dict.fromkeys(options, True))
     chosen = StepSettings(**settings, checkpointing=layers, savers=savers)

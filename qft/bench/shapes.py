@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qft.errors import RecipeError
+from qft.errors import RecipeError, first_line
 from qft.registry import suggestion
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0,
@@ -97,9 +97,11 @@ def shape_config(name: str) -> Any:
                 found=f"{name} ({type(error).__name__})",
                 fix=f"{suggestion(name, list(SHAPES))}; or a config.json",
             ) from None
+    if not isinstance(values, dict):
+        raise RecipeError("This is no model's config.", where="--shape", found=name)
     kind = values.pop("model_type", None)
     try:
         return AutoConfig.for_model(kind, **values)
-    except ValueError as error:
-        raise RecipeError("transformers does not know this kind of model.", where="--shape",
-                          found=kind) from error  # fmt: skip
+    except Exception as error:  # transformers checks its configs with errors of many kinds
+        raise RecipeError("transformers does not take this config.", where="--shape",
+                          found=f"model_type {kind!r}: {first_line(error)}") from error  # fmt: skip

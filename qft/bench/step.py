@@ -11,7 +11,7 @@ from torch import nn
 from qft import models
 from qft.bench.fake_model import DEVICE, fake_step
 from qft.bench.shapes import TASKS, shape_config
-from qft.errors import RecipeError
+from qft.errors import RecipeError, first_line
 from qft.lean.engine import Savers
 from qft.lean.meter import CATEGORIES, Reading, meter
 from qft.lean.model_parts import is_encoder_decoder, writes_text
@@ -82,8 +82,20 @@ def _skeleton(settings: StepSettings, strategy: Strategy) -> tuple[nn.Module, st
     config = shape_config(settings.shape)
     task = TASKS.get(config.model_type, "text")
     auto: Any = getattr(transformers, models.AUTO_CLASSES[task])
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, dtype=settings.dtype)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = auto.from_config(config, dtype=settings.dtype)
+    except Exception as error:  # of many kinds, as its sizes may be odd in many ways
+        raise RecipeError(
+            f"transformers makes no model for the task {task!r} of this shape.",
+            where="--shape",
+            found=first_line(error),
+        ) from error
+    limit = getattr(config, "max_position_embeddings", None)
+    learned = any("position_embedding" in name for name, _ in model.named_parameters())
+    if learned and limit is not None and settings.length > limit:
+        raise RecipeError("The model has no positions for so many tokens.", where="--seq",
+                          found=settings.length, fix=f"at most {limit}")  # fmt: skip
     model.tie_weights()  # type: ignore[operator]
     if settings.quantize != "none":
         keep = unquantized_modules(model, strategy.needs(model).full_precision)

@@ -32,7 +32,7 @@ class TokenJudge:
         """See `Judge`."""
         labels = batch["labels"]
         state = prepared(model)
-        if state is not None and state.engine.loss is not None:
+        if state is not None and state.engine.loss is not None and state.engine.loss.usable():
             found = state.engine.loss.score(model, batch)
             kept = found["label_mask"]
             nats = (-found["log_probs"][kept]).double().tolist()

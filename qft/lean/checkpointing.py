@@ -10,9 +10,11 @@ The seam is transformers' own: each layer asks its ``_gradient_checkpointing_fun
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,15 +44,12 @@ def install_checkpointing(
     choices: Sequence[Choice],
     *,
     place: Place = "host",
-    keeps_random_state: bool = True,
 ) -> None:
     """Tells every layer of ``checkpointed_layers`` what to do.
 
     Args:
         choices: one a layer.
         place: where *offload* puts a layer's input.
-        keeps_random_state: whether a layer draws from the ordinary generator, so that the second
-            run must begin with the state of the first.
     """
     layers = checkpointed_layers(model)
     if len(choices) != len(layers):
@@ -58,7 +57,7 @@ def install_checkpointing(
     store = _Store() if place == "disk" else None
     for layer, choice in zip(layers, choices, strict=True):
         layer.gradient_checkpointing = choice != "keep"  # type: ignore[assignment]
-        run = _Run(layer, choice, store, keeps_random_state)
+        run = _Run(layer, choice, store)
         layer._gradient_checkpointing_func = run  # type: ignore[assignment]
 
 
@@ -76,27 +75,28 @@ class _Run:
     layer: nn.Module
     choice: Choice
     store: _Store | None
-    keeps_random_state: bool
 
-    def __call__(self, forward: Any, hidden: Tensor, *rest: Any) -> Any:
-        if not torch.is_grad_enabled() or not self._differentiated(forward, hidden, rest):
-            return forward(hidden, *rest)
-        settings: dict[str, Any] = {
-            "use_reentrant": False,
-            "preserve_rng_state": self.keeps_random_state,
-        }
-        if self.choice == "recompute":
-            return checkpoint(forward, hidden, *rest, **settings)
+    def __call__(self, forward: Any, *inputs: Any) -> Any:
+        if not torch.is_grad_enabled() or not self._differentiated(forward, inputs):
+            return forward(*inputs)
+        if self.choice == "recompute" or not inputs:  # a family may name all of its inputs
+            return checkpoint(forward, *inputs, use_reentrant=False)
+        hidden, *rest = inputs
         away = _Away(hidden, self.store)
-        result = checkpoint(lambda: forward(away.take(), *rest), **settings)
+
+        def run(device: Tensor, *rest: Any) -> Any:
+            return forward(away.take(), *rest)
+
+        # an empty tensor tells torch whose random state to keep
+        result = checkpoint(run, hidden.new_empty(0), *rest, use_reentrant=False)
         away.leave()
         return result
 
-    def _differentiated(self, forward: Any, hidden: Tensor, rest: tuple[Any, ...]) -> bool:
-        if hidden.requires_grad or any(p.requires_grad for p in self.layer.parameters()):
+    def _differentiated(self, forward: Any, inputs: tuple[Any, ...]) -> bool:
+        if any(p.requires_grad for p in self.layer.parameters()):
             return True
-        others = tree_leaves((rest, getattr(forward, "keywords", {})))
-        return any(isinstance(value, Tensor) and value.requires_grad for value in others)
+        values = tree_leaves((inputs, getattr(forward, "keywords", {})))
+        return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 class _Away:
@@ -129,23 +129,41 @@ class _Away:
         self._kept = lambda: host
 
 
-@dataclass
 class _Store:
     """Tensors in files of a scratch folder, which goes with the process."""
 
-    folder: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="qft-offload-"))
-    names: Iterator[int] = field(default_factory=lambda: iter(range(2**62)))
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="qft-offload-")
+        self._count = 0
 
     def put(self, hidden: Tensor) -> Callable[[], Tensor]:
-        """Writes a tensor; the function it returns reads it back, once, and removes the file."""
-        path = Path(self.folder.name) / str(next(self.names))
-        dtype, shape = hidden.dtype, hidden.shape
-        raw = hidden.contiguous().cpu().view(torch.uint8) if hidden.numel() else hidden.cpu()
-        raw.numpy().tofile(path)
+        """Writes a tensor; the function it returns reads it back, and its file goes with it."""
+        self._count += 1
+        return _OnDisk(Path(self._folder.name) / str(self._count), hidden).read
 
-        def read() -> Tensor:
-            data = bytearray(path.read_bytes())
-            path.unlink()
-            return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(shape)
 
-        return read
+class _OnDisk:
+    """A tensor in a file that exists as long as this object."""
+
+    def __init__(self, path: Path, hidden: Tensor) -> None:
+        self._path, self._dtype, self._shape = path, hidden.dtype, hidden.shape
+        hidden.contiguous().cpu().flatten().view(torch.uint8).numpy().tofile(path)
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+    def read(self) -> Tensor:
+        """The tensor, on the host."""
+        data = bytearray(self._path.read_bytes())
+        return torch.frombuffer(data, dtype=torch.uint8).view(self._dtype).view(self._shape)
+
+
+@contextlib.contextmanager
+def paused(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it these layers recompute nothing, and keep the cache that generating text needs."""
+    flags = [layer.gradient_checkpointing for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, flags, strict=True):
+            layer.gradient_checkpointing = flag

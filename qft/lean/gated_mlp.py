@@ -21,6 +21,7 @@ from qft.lean.lora_linear import (
     add_update,
     gradient_of_down,
     input_gradient,
+    is_cast,
     is_lora_layer,
     lean_update,
     update_backward,
@@ -112,7 +113,7 @@ class LeanGatedMLP:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[…, width]`` to the same shape."""
-        if not self.mlp.training or torch.is_autocast_enabled():
+        if not self.mlp.training or is_cast(x):
             return self.plain(x)
         rows = tile_rows(x.shape[-1])
         small = x.numel() // x.shape[-1] <= rows
@@ -125,9 +126,12 @@ class LeanGatedMLP:
         gate, up, down = mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj
         adapted = is_lora_layer(down)
         update = lean_update(down, up) if adapted else None
-        wrapped = not adapted and hasattr(down, "base_layer")  # by another of PEFT's methods
-        trains = not adapted and any(p.requires_grad for p in down.parameters())
-        if not gate.requires_grad or wrapped or trains or (adapted and update is None):
+        foreign = not adapted and (
+            hasattr(down, "base_layer")  # by another of PEFT's methods
+            or any(p.requires_grad for p in down.parameters())
+        )
+        hooked = down._forward_hooks or down._forward_pre_hooks
+        if not gate.requires_grad or foreign or hooked or (adapted and update is None):
             return down(mlp.act_fn(gate) * up)  # type: ignore[no-any-return]
         return gated_down(gate, up, mlp.act_fn, self.frozen, update)
 
@@ -149,13 +153,16 @@ def is_gated_mlp(module: nn.Module) -> bool:
     small.__dict__ = dict(module.__dict__)
     small.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(0)
-    with torch.device("cpu"):
+    # making layers draws from the generator that the caller's own layers are made from
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         layers = {name: nn.Linear(8, 8, bias=False) for name in parts}
         for layer in layers.values():
             nn.init.normal_(layer.weight, generator=generator)
         small._modules = {**module._modules, **layers}
         x = torch.randn(3, 8, generator=generator)
         with torch.no_grad():
+            if module.act_fn(x) is x:  # type: ignore[operator]
+                return False  # what is multiplied in place would be the gate itself
             inside = module.act_fn(layers["gate_proj"](x)) * layers["up_proj"](x)  # type: ignore[operator]
             wanted = layers["down_proj"](inside)
             try:

@@ -22,7 +22,8 @@ class HostLookup:
 
     def __call__(self, ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Ids, wherever they are, to rows on the model's device."""
-        rows = self.plain(ids.to("cpu"), *args, **kwargs)
+        place = next(self.module.parameters()).device  # a trainer may have moved the whole model
+        rows = self.plain(ids.to(place), *args, **kwargs)
         return rows.to(self.device, non_blocking=True)
 
 

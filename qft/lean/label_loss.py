@@ -191,11 +191,13 @@ class _LabelLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         to_hidden, *to_layer = ctx.saved_tensors
         hidden_type, *types = ctx.dtypes
-        if to_hidden is not None:
-            to_hidden = to_hidden * grad[:, None].to(hidden_type)
         # where the layer trains, the positions' losses were summed: they all have one weight
+        summed = grad.stride(0) == 0 or not grad.numel()
+        weight = grad[0] if grad.numel() else grad.sum()
+        if to_hidden is not None:  # a single number is not rounded to the hidden states' type
+            to_hidden = to_hidden * (weight if summed else grad[:, None].to(hidden_type))
         scaled = (
-            None if made is None else (made * grad[0]).to(dtype)
+            None if made is None else (made * weight).to(dtype)
             for made, dtype in zip(to_layer, types, strict=True)
         )
         return (to_hidden, *scaled, None)

@@ -149,6 +149,11 @@ def is_lora_layer(module: nn.Module) -> bool:
     return of_peft and not getattr(module, "fan_in_fan_out", False)
 
 
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast is at work on a tensor's device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def lean_update(layer: Any, x: Tensor) -> Update | None:
     """What a PEFT LoRA layer adds to ``W x`` just now; None where PEFT's own forward must do it.
 
@@ -156,7 +161,7 @@ def lean_update(layer: Any, x: Tensor) -> Update | None:
     the base itself trains.
     """
     active = layer.active_adapters
-    if layer.disable_adapters or layer.merged or len(active) != 1 or torch.is_autocast_enabled():
+    if layer.disable_adapters or layer.merged or len(active) != 1 or is_cast(x):
         return None
     name = active[0]
     if name not in layer.lora_A or name in layer.lora_variant:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qft.lean.checkpointing import checkpointed_layers, paused
 from qft.lean.int8_head import Int8Head
 from qft.lean.label_loss import IGNORED, CrossEntropy, Head, label_loss
 from qft.lean.model_parts import is_encoder_decoder, output_embeddings
-from qft.lean.patching import replace_forward, restore_forward
+from qft.lean.patching import PlainForward, plain_forward, replace_forward, restore_forward
 from qft.lean.token_scores import token_scores
 
 PROBE_TOKENS = 9
@@ -34,6 +35,7 @@ class _Order:
     """What the model's forward asks of its output layer."""
 
     targets: Tensor  # [batch, positions], shifted already; IGNORED where there is none
+    head: Head
     smoothing: float
     scored: Scored | None = None  # each position's log-probability and more, instead of a sum
     loss: Tensor | None = None  # the answer: a sum
@@ -62,8 +64,8 @@ class ModelLoss:
         self.fake_labels: int | None = None  # how many a batch of fake tensors has; None is all
         self.scale, self.softcap = _after_logits(getattr(model, "config", None))
         self.signature = inspect.signature(type(model).forward)
-        self.plain: Callable[..., Any] = model.forward
-        self.plain_head: Callable[..., Tensor] = head.forward
+        self.plain = plain_forward(model)
+        self.plain_head = plain_forward(head)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own arguments; with labels, in training mode, ``logits`` is None.
@@ -76,36 +78,48 @@ class ModelLoss:
         kwargs |= dict(zip(names, args, strict=False))
         smoothing = float(kwargs.pop("label_smoothing", 0.0))
         scored, self.scored = self.scored, None
-        lean = (self.model.training or scored is not None) and any(
-            kwargs.get(name) is not None for name in ("labels", "shift_labels")
-        )
-        if not lean or kwargs.get("return_dict") is False:
-            return self.plain(**kwargs)
+        head = self._head() if self._is_asked(kwargs, scored) else None
+        if head is None:
+            return self._plainly(kwargs)
         items = kwargs.pop("num_items_in_batch", None)
         labels, targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         if targets is None:
-            targets = (
-                functional.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shifted else labels
-            )
+            targets = labels
+            if self.shifted:
+                targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
         if labels is not None and is_encoder_decoder(self.model):
             self._feed_decoder(kwargs, labels)
         if "use_cache" in self.signature.parameters and kwargs.get("past_key_values") is None:
             kwargs["use_cache"] = False
-        order = self.order = _Order(targets, smoothing, scored)
+        order = self.order = _Order(targets, head, smoothing, scored)
         try:
             output = self.plain(**kwargs)
         finally:
             self.order = None
-        loss = order.loss
-        if order.scores is not None:
-            loss = -order.scores["log_probs"].sum()
-            for name, value in order.scores.items():
-                output[name] = value
-        assert loss is not None
-        count = (targets != IGNORED).sum() if items is None else items
-        output["loss"] = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
-        output["logits"] = None
-        return output
+        return _answer(order, output, (targets != IGNORED).sum() if items is None else items)
+
+    def usable(self) -> bool:
+        """Whether the output layer is still the one that was looked at, and in a known state."""
+        return output_embeddings(self.model) is self.head and self._head() is not None
+
+    def _is_asked(self, kwargs: dict[str, Any], scored: Scored | None) -> bool:
+        """Whether this call wants a loss, and nothing that only the family's own code gives."""
+        config = getattr(self.model, "config", None)
+        router = kwargs.get("output_router_logits", getattr(config, "output_router_logits", False))
+        return (
+            (self.model.training or scored is not None)
+            and any(kwargs.get(name) is not None for name in ("labels", "shift_labels"))
+            and kwargs.get("return_dict") is not False
+            and not kwargs.get("logits_to_keep")
+            and not router  # a mixture's own loss is added by its own code
+            and output_embeddings(self.model) is self.head
+        )
+
+    def _plainly(self, kwargs: dict[str, Any]) -> Any:
+        if torch.is_grad_enabled():
+            return self.plain(**kwargs)
+        with paused(checkpointed_layers(self.model)):  # text is generated, perhaps
+            return self.plain(**kwargs)
 
     def score(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Each label's log-probability and rank, in training mode or not; no logits are made.
@@ -126,13 +140,15 @@ class ModelLoss:
 
     def answers_for_trl(self) -> bool:
         """Whether each position's loss may be weighed by the caller: the output layer is frozen."""
-        return self.shifted and not any(p.requires_grad for p in self.head.parameters())
+        frozen = not any(p.requires_grad for p in self.head.parameters())
+        return self.shifted and frozen and self.usable()
 
     def head_forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Logits as ever; where the model's forward has left an order, the loss and no logits."""
         order = self.order
         if order is None:
-            return self.plain_head(hidden, *args, **kwargs)
+            logits: Tensor = self.plain_head(hidden, *args, **kwargs)
+            return logits
         targets = order.targets.to(hidden.device)[:, -hidden.shape[1] :]
         if _is_fake(hidden):  # nobody can count the labels of such a batch
             chosen = hidden.reshape(-1, hidden.shape[-1])[: self.fake_labels].clone()
@@ -144,11 +160,11 @@ class ModelLoss:
         vocabulary = _vocabulary(self.head)
         if order.scored is not None:
             order.scores = token_scores(
-                chosen, self._head(), nats, kept, vocabulary=vocabulary, shifted=self.shifted,
+                chosen, order.head, nats, kept, vocabulary=vocabulary, shifted=self.shifted,
                 entropies=order.scored == "with-entropy",
             )  # fmt: skip
         else:
-            order.loss = label_loss(chosen, self._head(), nats, vocabulary=vocabulary)
+            order.loss = label_loss(chosen, order.head, nats, vocabulary=vocabulary)
         return hidden.new_zeros(hidden.shape[0], 0, _vocabulary(self.head))
 
     def _feed_decoder(self, kwargs: dict[str, Any], labels: Tensor) -> None:
@@ -165,16 +181,18 @@ class ModelLoss:
         if two_models and kwargs.get("decoder_attention_mask") is None:
             kwargs["decoder_attention_mask"] = ids != config.pad_token_id
 
-    def _head(self) -> Head:
-        """The output layer as it is now; a strategy may have put an adapter on it."""
+    def _head(self) -> Head | None:
+        """The output layer as it is now, with the adapter that is on it; None where it is odd."""
         layer: Any = self.head
         lora = None
         if hasattr(layer, "lora_A"):
-            (name,) = layer.active_adapters
-            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-            lora = (down, up, float(layer.scaling[name]))
+            on = not (layer.disable_adapters or layer.merged)
+            if on and (lora := _adapter(layer)) is None:
+                return None
             layer = layer.get_base_layer()
-        weight, blocks = layer.weight, None
+        weight, blocks = getattr(layer, "weight", None), None
+        if weight is None or weight.dim() != 2:
+            return None
         if isinstance(layer, Int8Head):
             weight, blocks = None, layer.blocks
         elif not weight.is_floating_point():
@@ -188,6 +206,52 @@ class ModelLoss:
         return Head(weight, bias, lora, self.scale, self.softcap, blocks)
 
 
+def _adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """PEFT's adapter on an output layer, if it is a single one without a speciality."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1 or layer.lora_variant:
+        return None
+    (name,) = names
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    if isinstance(layer.lora_dropout[name], nn.Dropout) or up.bias is not None:
+        return None
+    return down.weight, up.weight, float(layer.scaling[name])
+
+
+def _answer(order: _Order, output: Any, count: Tensor | float) -> Any:
+    """The family's output with the loss first and no logits."""
+    loss = order.loss
+    if order.scores is not None:
+        loss = -order.scores["log_probs"].sum()
+    assert loss is not None
+    loss = loss / (count.to(loss.device) if isinstance(count, Tensor) else count)
+    rest = {name: value for name, value in output.items() if name not in ("loss", "logits")}
+    answer = type(output)(loss=loss, **rest)
+    for name, value in (order.scores or {}).items():
+        answer[name] = value
+    return answer
+
+
+@dataclass
+class _Forward:
+    """A replaced ``forward``: it can be copied and pickled with its model, which a closure cannot.
+
+    Trainers read the arguments' names off a model's forward, so it shows those of the plain one.
+    """
+
+    installed: ModelLoss
+    name: str
+
+    def __post_init__(self) -> None:
+        installed = self.installed
+        plain = installed.plain if self.name == "forward" else installed.plain_head
+        own = plain.signature if isinstance(plain, PlainForward) else inspect.signature(plain)
+        self.__signature__ = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.installed, self.name)(*args, **kwargs)
+
+
 def install_model_loss(
     model: nn.Module, dense_weight: Callable[[nn.Module], Tensor] | None = None
 ) -> ModelLoss | None:
@@ -198,13 +262,13 @@ def install_model_loss(
         dense_weight: see `ModelLoss`.
     """
     head = output_embeddings(model)
-    if head is None or not _can_be_chunked(head):
+    if head is None:
         return None
     installed = ModelLoss(model, dense_weight)
-    replace_forward(model, lambda plain: _keep(installed, "plain", plain, installed.forward))
-    replace_forward(
-        head, lambda plain: _keep(installed, "plain_head", plain, installed.head_forward)
-    )
+    if not installed.usable():
+        return None
+    replace_forward(model, lambda plain: _Forward(installed, "forward"))
+    replace_forward(head, lambda plain: _Forward(installed, "head_forward"))
     if not _agrees(model, installed):
         remove_model_loss(model)
         return None
@@ -219,44 +283,21 @@ def remove_model_loss(model: nn.Module) -> None:
         restore_forward(head)
 
 
-def _keep(installed: ModelLoss, name: str, plain: Any, replacement: Any) -> Any:
-    setattr(installed, name, plain)
-
-    @functools.wraps(plain)  # trainers read the arguments' names off a model's forward
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return replacement(*args, **kwargs)
-
-    return forward
-
-
-def _can_be_chunked(head: nn.Module) -> bool:
-    layer: Any = head
-    if hasattr(layer, "lora_A"):
-        names = layer.active_adapters
-        plain = len(names) == 1 and not layer.lora_variant and not layer.merged
-        dropout = [
-            module for module in layer.lora_dropout.values() if isinstance(module, nn.Dropout)
-        ]
-        if not plain or dropout or names[0] not in layer.lora_A:
-            return False
-        layer = layer.get_base_layer()
-    return hasattr(layer, "weight") and layer.weight.dim() == 2
-
-
 def _agrees(model: nn.Module, installed: ModelLoss) -> bool:
     """Whether a short text has the same loss both ways; on a meta model nothing can be tried."""
     first = next(model.parameters())
     if first.is_meta:
         return True
     training = {module: module.training for module in model.modules()}
-    ids = torch.arange(PROBE_TOKENS, device=first.device)[None] % _vocabulary(installed.head)
+    tokens = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or 2**30)  # type: ignore[union-attr]
+    ids = torch.arange(tokens, device=first.device)[None] % _vocabulary(installed.head)
     try:
         model.eval()
         with torch.no_grad():
             wanted = installed.plain(input_ids=ids, labels=ids).loss
             model.training = True  # of this module alone: dropout stays off
             found = model(input_ids=ids, labels=ids).loss
-    except (TypeError, ValueError, AttributeError, RuntimeError):
+    except Exception:  # whatever a family does not take, it is left alone
         return False
     finally:
         for module, was in training.items():

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 _PLAIN = "_qft_plain_forward"
+
+
+@dataclass(frozen=True)
+class PlainForward:
+    """A module's forward as its class has it.
+
+    A bound method would be pickled by its name, which on loading is the one that replaced it.
+    """
+
+    module: nn.Module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The class's own."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The arguments without ``self``."""
+        found = inspect.signature(type(self.module).forward)
+        return found.replace(parameters=list(found.parameters.values())[1:])
+
+
+def plain_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward before anything replaces it here."""
+    own: Callable[..., Any] | None = module.__dict__.get("forward")
+    return PlainForward(module) if own is None else own
 
 
 def replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Any]) -> None:
@@ -18,9 +46,9 @@ def replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Any]
     """
     if _PLAIN in module.__dict__:
         raise RuntimeError("this module's forward is replaced already")
-    own = module.__dict__.get("forward")
-    module.__dict__[_PLAIN] = own
-    module.forward = make(module.forward)
+    plain = plain_forward(module)
+    module.__dict__[_PLAIN] = module.__dict__.get("forward")
+    module.forward = make(plain)
 
 
 def restore_forward(module: nn.Module) -> None:

@@ -50,10 +50,14 @@ class _Tiled(torch.autograd.Function):
             part = slice(at, at + ctx.rows)
             with torch.enable_grad():
                 tile = flat[part].detach().requires_grad_()
-                made = torch.autograd.grad(ctx.run(tile), [tile, *trained], arriving[part])
+                made = torch.autograd.grad(
+                    ctx.run(tile), [tile, *trained], arriving[part], allow_unused=True
+                )
             result[part] = made[0]
             for number, value in enumerate(made[1:]):
                 known = sums[number]
+                if value is None:  # an adapter that is not in use
+                    continue
                 sums[number] = value if known is None else known.add_(value)
         return result.view(x.shape), None, None, *sums
 

@@ -70,6 +70,19 @@ def token_scores(
     return found if entropy is None else {**found, "entropy": placed(entropy)}
 
 
+@dataclass(frozen=True)
+class _TakeTheCall:
+    """A hook before the outermost module's forward."""
+
+    loss: Any
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not kwargs.get(ASKED) or not self.loss.answers_for_trl():
+            return None
+        self.loss.scored = "with-entropy"
+        return args, {name: value for name, value in kwargs.items() if name != ASKED}
+
+
 def answer_trl(model: nn.Module, loss: Any) -> RemovableHandle:
     """Lets the outermost module take TRL's call to the model's own forward.
 
@@ -80,11 +93,4 @@ def answer_trl(model: nn.Module, loss: Any) -> RemovableHandle:
         model: as users hold it, PEFT's wrapper where there is one.
         loss: the model's `qft.lean.model_loss.ModelLoss`.
     """
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not kwargs.get(ASKED) or not loss.answers_for_trl():
-            return None
-        loss.scored = "with-entropy"
-        return args, {name: value for name, value in kwargs.items() if name != ASKED}
-
-    return model.register_forward_pre_hook(before, with_kwargs=True)
+    return model.register_forward_pre_hook(_TakeTheCall(loss), with_kwargs=True)
