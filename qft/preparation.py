@@ -18,6 +18,7 @@ from qft.lean.checkpointing import (
 )
 from qft.lean.dropout import DropoutClock, install_dropout, remove_dropout
 from qft.lean.engine import Engine, Savers, install_engine
+from qft.lean.lora_linear import is_lora_layer
 from qft.lean.model_parts import device_of
 from qft.lean.token_scores import answer_trl
 from qft.strategy import Context, Strategy
@@ -101,7 +102,11 @@ def prepare(
     )
     if engine.loss is not None:
         engine.hooks.append(answer_trl(attached, engine.loss))
-    notes = (*_notes(inner, recompute, checkpointing, offload), *engine.notes)
+    notes = (
+        *_left_to_peft(inner),
+        *_notes(inner, recompute, checkpointing, offload),
+        *engine.notes,
+    )
     setattr(attached, _ATTRIBUTE, Prepared(strategy, clock, recompute, offload, engine, notes))
     attached.train()
     return attached
@@ -177,6 +182,17 @@ def _stock_dropouts(inner: Any) -> list[str]:
     parts = (config, getattr(config, "encoder", None), getattr(config, "decoder", None))
     names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
     return [name for name in names if any(getattr(part, name, 0) for part in parts)]
+
+
+def _left_to_peft(inner: Any) -> list[str]:
+    """LoRA layers of a kind the engine does not know, which cost what they cost in PEFT."""
+    layers = [module for module in inner.modules() if getattr(module, "lora_A", None)]
+    others = [m for m in layers if not is_lora_layer(m) or getattr(m, "lora_variant", None)]
+    if not others:
+        return []
+    return [
+        f"{len(others)} of {len(layers)} adapters keep PEFT's own code (AdaLoRA, DoRA, Conv1D)."
+    ]
 
 
 def _notes(inner: Any, recompute: bool, asked: Checkpointing, offload: Offload) -> list[str]:

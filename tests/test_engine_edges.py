@@ -274,3 +274,12 @@ def test_wrong_words_and_wrappers():
     assert prepared(model) is None
     assert model(**batch()).logits is not None
     assert not hasattr(inner_model(model).lm_head, "_qft_plain_forward")
+
+
+@pytest.mark.parametrize(("settings", "words"), [({"dora": True}, "21 of 21"), ({}, None)])
+def test_adapters_that_are_left_to_peft_are_told(settings: dict[str, Any], words: str | None):
+    state = prepared(prepare(made("llama"), LoRA(rank=4, **settings)))
+    assert state is not None
+    told = [note for note in state.notes if "PEFT's own code" in note]
+    assert bool(told) == bool(words)
+    assert not words or words in told[0]
