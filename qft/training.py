@@ -143,7 +143,7 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
         require_exact_packing(model, inputs.train.examples, pad_id(inputs.tokenizer))
     if recipe.train.embedding_noise:
         _install_noise(model, recipe.train.embedding_noise)
-    _say_trainable(model, reporter)
+    _say_trainable(model, reporter, by_budget=recipe.memory.budget is not None)
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
     if recipe.memory.budget is not None:
@@ -177,8 +177,8 @@ def _keep_within(
     else:
         taken = require_within(model, step, budget, recipe.train.optimizer)
     reporter.say(
-        f"memory: {chosen}the longest micro-batch takes {human_bytes(taken)} of "
-        f"{human_bytes(budget)}"
+        f"memory: {chosen}the longest micro-batch holds {human_bytes(taken)} of tensors, "
+        f"{human_bytes(budget)} are allowed"
     )
 
 
@@ -188,13 +188,13 @@ def _install_noise(model: Any, alpha: float) -> None:
     install_noise(model.get_input_embeddings(), state.clock, alpha)
 
 
-def _say_trainable(model: nn.Module, reporter: Reporter) -> None:
+def _say_trainable(model: nn.Module, reporter: Reporter, by_budget: bool) -> None:
     trained = _count_trained(model)
     state = prepared(model)
     assert state is not None
     reporter.say(
         f"trains: {trained:,} parameters"
-        + (", activations are recomputed" if state.checkpointing else "")
+        + (", activations are recomputed" if state.checkpointing and not by_budget else "")
     )
     for note in state.notes:
         reporter.say(f"note: {note}")
