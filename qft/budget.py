@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from qft.errors import WillNotFitError
-from qft.lean.checkpointing import Choice, Place, checkpointed_layers, install_checkpointing
+from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.meter import Meter
 from qft.lean.model_parts import device_of
-from qft.preparation import inner_model, prepared
+from qft.preparation import inner_model, prepared, recompute_lowest
 from qft.progress import human_bytes
 
 # bytes of optimizer states for each trained number
@@ -43,21 +43,16 @@ def keep_what_fits(
     """
     inner = inner_model(model)
     layers = len(checkpointed_layers(inner))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = int(STATE_BYTES[optimizer] * trained)
     state = prepared(model)
     assert state is not None
-    away: Choice = "recompute" if state.offload == "none" else "offload"
+    offload = state.offload
 
     def needed(kept: int) -> int:
-        choices: list[Choice] = [away] * (layers - kept) + ["keep"] * kept
-        place: Place = "disk" if state.offload == "disk" else "host"
-        install_checkpointing(inner, choices, place=place)
-        return states + _peak(model, step)
+        recompute_lowest(inner, layers - kept, offload)
+        return _needed(model, step, optimizer)
 
-    least = needed(0)
-    _require_within(least, budget_bytes, "with every layer recomputed")
-    fits, too_many, taken = 0, layers + 1, least
+    fits, too_many, taken = 0, layers + 1, needed(0)
+    _require_within(taken, budget_bytes, "with every layer recomputed")
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         bytes_needed = needed(middle)
@@ -65,8 +60,8 @@ def keep_what_fits(
             fits, taken = middle, bytes_needed
         else:
             too_many = middle
-    needed_now = needed(fits) if layers else taken
-    return fits, needed_now
+    recompute_lowest(inner, layers - fits, offload)
+    return fits, taken
 
 
 def require_within(
@@ -77,8 +72,7 @@ def require_within(
     Raises:
         WillNotFitError: it is more than the budget.
     """
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    taken = int(STATE_BYTES[optimizer] * trained) + _peak(model, step)
+    taken = _needed(model, step, optimizer)
     _require_within(taken, budget_bytes, "with memory.checkpointing as it is")
     return taken
 
@@ -94,10 +88,11 @@ def _require_within(taken: int, budget_bytes: int, how: str) -> None:
         )
 
 
-def _peak(model: nn.Module, step: Callable[[], object]) -> int:
-    """The most bytes alive in one call of ``step``, which leaves no trace."""
+def _needed(model: nn.Module, step: Callable[[], object], optimizer: str) -> int:
+    """The most bytes alive in one call of ``step``, which leaves no trace, and the states'."""
     cuda = device_of(model).type == "cuda"
     with torch.random.fork_rng(devices=None if cuda else []), Meter(model) as counting:
         step()
     model.zero_grad(set_to_none=True)
-    return counting.reading().peak_bytes
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return int(STATE_BYTES[optimizer] * trained) + counting.reading().peak_bytes

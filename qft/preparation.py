@@ -160,12 +160,7 @@ def inner_model(model: nn.Module) -> Any:
 def _enable_checkpointing(inner: Any, asked: Checkpointing, offload: Offload) -> bool:
     layers = len(checkpointed_layers(inner))
     if layers:
-        count = layers if isinstance(asked, str) else min(asked, layers)
-        choice: Choice = "recompute" if offload == "none" else "offload"
-        # the lowest ones: what the upper ones keep is gone by the time these are recomputed
-        choices: list[Choice] = [choice] * count + ["keep"] * (layers - count)
-        place: Place = "disk" if offload == "disk" else "host"
-        install_checkpointing(inner, choices, place=place)
+        recompute_lowest(inner, layers if isinstance(asked, str) else min(asked, layers), offload)
         return True
     if not getattr(inner, "supports_gradient_checkpointing", False):
         return False
@@ -174,6 +169,17 @@ def _enable_checkpointing(inner: Any, asked: Checkpointing, offload: Offload) ->
     # checkpointing needs; it would send the backward pass through every frozen layer
     inner.disable_input_require_grads()
     return True
+
+
+def recompute_lowest(inner: nn.Module, count: int, offload: Offload) -> None:
+    """Lets the ``count`` lowest layers recompute their activations and the others keep them.
+
+    The lowest: what the upper ones keep is gone by the time these are recomputed.
+    """
+    choice: Choice = "recompute" if offload == "none" else "offload"
+    others = len(checkpointed_layers(inner)) - count
+    choices: list[Choice] = [choice] * count + ["keep"] * others
+    install_checkpointing(inner, choices, place="disk" if offload == "disk" else "host")
 
 
 def _stock_dropouts(inner: Any) -> list[str]:

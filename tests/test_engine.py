@@ -20,7 +20,7 @@ from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.engine import Savers
 from qft.lean.gated_mlp import is_gated_mlp
 from qft.lean.lora_linear import Dense, Update, lora_linear
-from qft.lean.meter import Meter, Reading, meter
+from qft.lean.meter import Meter, Reading
 from qft.lean.norms import KINDS, norm_of, rms_norm
 from qft.models import ModelSpec, open_model
 from qft.preparation import inner_model, prepare, prepared, unprepare
@@ -303,8 +303,7 @@ def test_lora_linear_saves_its_input_once_and_no_more():
     inner = 3 * 32 * 4 * 2  # A x, for each
     given = x.nbytes + layer.weight.nbytes
     made_here = 3 * 32 * 48 * 2  # the outputs themselves, held by the list
-    small = 3 * (4 * 64 + 48 * 4) * 0 + 64
-    assert reading.activation_bytes <= given + inner + made_here + small
+    assert reading.activation_bytes <= given + inner + made_here + 64  # and scalars
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -514,7 +513,6 @@ def test_free_is_the_strategys_own(tiny_llama: Path):
     free(inner_model(model), ["model.layers.0.self_attn.q_proj.weight"])
     _, found = run(model)
     assert any(name.endswith("layers.0.self_attn.q_proj.base_layer.weight") for name in found)
-    assert meter(lambda: model(**batch()).loss.backward()).peak_bytes > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -116,9 +116,10 @@ class ModelLoss:
         )
 
     def _plainly(self, kwargs: dict[str, Any]) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self.model.training:
             return self.plain(**kwargs)
-        with paused(checkpointed_layers(self.model)):  # text is generated, perhaps
+        # text is generated, perhaps; in training mode a recomputing layer would drop the cache
+        with paused(checkpointed_layers(self.model)):
             return self.plain(**kwargs)
 
     def score(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
