@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from transformers import set_seed
 from qft import hardware, models
 from qft.budget import keep_what_fits, require_within
 from qft.card import make_card, write_card
-from qft.data.tasks import ExampleSet, pad_id
+from qft.data.tasks import Example, ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.files import new_folder, require_apart, write_json
@@ -156,7 +158,8 @@ def _keep_within(
 ) -> None:
     """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
     count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
-    longest = sorted(inputs.train.examples, key=lambda e: -len(e.inputs["input_ids"]))[:count]
+    layout = _layout(recipe)
+    longest = _longest(inputs.train.examples, count, layout.pack_to)
 
     def step() -> None:
         accumulate_gradients(
@@ -167,6 +170,7 @@ def _keep_within(
             micro_batch=count,
             pad_token_id=pad_id(inputs.tokenizer),
             loss=_loss(recipe, inputs.train),
+            layout=layout,
         )
 
     layers = len(checkpointed_layers(inner_model(model)))
@@ -179,6 +183,22 @@ def _keep_within(
     reporter.say(
         f"memory: {chosen}the longest micro-batch holds {human_bytes(taken)} of tensors, "
         f"{human_bytes(budget)} are allowed"
+    )
+
+
+def _longest(examples: Sequence[Example], rows: int, pack_to: int | None) -> list[Example]:
+    """The longest examples: one a row, or as many as fill the rows."""
+    ordered = sorted(examples, key=lambda e: -len(e.inputs["input_ids"]))
+    if pack_to is None:
+        return ordered[:rows]
+    filled = itertools.accumulate(len(e.inputs["input_ids"]) for e in ordered)
+    return ordered[: 1 + sum(tokens < rows * pack_to for tokens in filled)]
+
+
+def _layout(recipe: Recipe) -> Layout:
+    return Layout(
+        pack_to=recipe.train.max_length if recipe.train.packing else None,
+        grouped=recipe.train.group_by_length,
     )
 
 
@@ -257,10 +277,7 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
         evaluate=held_out_metrics if held_out is not None else None,
         card=opened.card,
         loss=_loss(recipe, opened.inputs.train),
-        layout=Layout(
-            pack_to=recipe.train.max_length if recipe.train.packing else None,
-            grouped=recipe.train.group_by_length,
-        ),
+        layout=_layout(recipe),
         reporter=reporter,
     )
     return StepTrainer(opened.model, job)

@@ -477,3 +477,12 @@ def test_the_schema_is_json(tmp_path):
     import json
 
     assert yaml.safe_load(json.dumps(json_schema())) == json_schema()
+
+
+def test_the_engines_switches_are_the_recipes():
+    from dataclasses import fields
+
+    from qft.lean.engine import Savers
+
+    told = {name: field.default for name, field in SaverSwitches.model_fields.items()}
+    assert told == {field.name: field.default for field in fields(Savers)}
