@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from qft import quantization
+from qft.attention_interface import route_attention
 from qft.errors import RecipeError
 from qft.lean.checkpointing import (
     Choice,
@@ -98,7 +99,11 @@ def prepare(
     clock = DropoutClock(context.seed)
     install_dropout(attached, clock)
     engine = install_engine(
-        inner, quantization.frozen_maker(), savers or Savers(), quantization.dequantized
+        inner,
+        quantization.frozen_maker(),
+        savers or Savers(),
+        quantization.dequantized,
+        route_attention,
     )
     if engine.loss is not None:
         engine.hooks.append(answer_trl(attached, engine.loss))

@@ -158,6 +158,9 @@ class SaverSwitches(Settings):
     lora: bool = Field(True, description="LoRA layers that keep their input alone")
     gated_mlp: bool = Field(True, description="gated MLPs that keep gate and up alone")
     norms: bool = Field(True, description="normalisations that keep their input alone")
+    attention: bool = Field(
+        True, description="on a CPU, attention by batched products, and no padding in texts"
+    )
     tiled_mlp: bool = Field(
         False, description="gated MLPs run over a few tokens at a time, for one more run of them"
     )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from qft.data.packing import Row, collate_packed, one_row, pack
+from qft.data.packing import Row, borders_of, collate_packed, one_row, pack
 from qft.data.seq2seq import target_lengths
 from qft.data.tasks import Example, Task
 from qft.errors import WillNotFitError, first_line
@@ -38,10 +38,18 @@ class Layout:
     Attributes:
         pack_to: tokens a row holds at most, several examples in it; None is one example a row.
         grouped: examples of like length come into the same micro-batch, for little padding.
+        flat: a micro-batch is one long row, and the engine's attention is told the borders; for
+            models that keep examples apart so (`qft.packing_check.keeps_apart`).
     """
 
     pack_to: int | None = None
     grouped: bool = False
+    flat: bool = False
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether several examples lie in one row."""
+        return self.flat or self.pack_to is not None
 
     def rows(self, examples: Sequence[Example]) -> list[Row]:
         """The rows in the order they are computed."""
@@ -161,16 +169,16 @@ def _attempt(
     state = prepared(model)
     device = device_of(model)
     rows = layout.rows(examples)
-    flat = layout.pack_to is not None and uses_flash_attention(model)
+    one = layout.flat or (layout.pack_to is not None and uses_flash_attention(model))
 
     def make(chosen: Sequence[Row]) -> _Part:
-        chosen = one_row(chosen) if flat else chosen
+        chosen = one_row(chosen) if one else chosen
         batch = _collate(chosen, task, pad_token_id, layout)
         return _Part(chosen, batch, loss.items(task, batch), task.label_count(batch))
 
     parts, total, labels = _parts(rows, micro_batch, share, make)
     # with a cache, transformers takes positions that begin anew for a continued text
-    extra: dict[str, Any] = {"use_cache": False} if layout.pack_to is not None else {}
+    extra: dict[str, Any] = {"use_cache": False} if layout.shares_rows else {}
     chunked = state is not None and state.engine.loss is not None
     if chunked and loss.smoothing:
         extra["label_smoothing"] = loss.smoothing
@@ -263,6 +271,8 @@ def _unsynchronised(model: Any, share: Share, more_to_come: bool) -> Iterator[No
 def _collate(
     rows: Sequence[Row], task: Task, pad_token_id: int, layout: Layout
 ) -> dict[str, Tensor]:
+    if layout.flat:
+        return {**collate_packed(rows, pad_token_id), **borders_of(rows[0])}
     if layout.pack_to is not None:
         return collate_packed(rows, pad_token_id)
     return task.collate([example for row in rows for example in row], pad_token_id)
@@ -279,7 +289,7 @@ def _announce(
     width = int(batch["input_ids"].shape[1])
     sizes = [[(e.index, len(e.inputs["input_ids"])) for e in row] for row in rows]
     samples, lengths = zip(*(pair for row in sizes for pair in row), strict=True)
-    packed = sizes if layout.pack_to is not None else ()
+    packed = sizes if layout.shares_rows else ()
     clock.set(step, samples, lengths, *target_lengths(batch), width=width, packed=packed)
 
 

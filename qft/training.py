@@ -18,6 +18,7 @@ from transformers import set_seed
 from qft import hardware, models
 from qft.budget import keep_what_fits, require_within
 from qft.card import make_card, write_card
+from qft.data.packing import PACKABLE
 from qft.data.tasks import Example, ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
@@ -27,7 +28,7 @@ from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.engine import Savers
 from qft.lean.model_parts import device_of
 from qft.lean.noise import install_noise
-from qft.packing_check import require_exact_packing
+from qft.packing_check import keeps_apart, require_exact_packing
 from qft.preparation import inner_model, prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.readiness import DEFAULT_MICRO_BATCH, make_ready
@@ -65,6 +66,7 @@ class _Opened:
     inputs: Inputs
     card: dict[str, Any]
     parameters: int  # of the base, heads included
+    layout: Layout
 
 
 def train(
@@ -141,24 +143,27 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
         savers=Savers(**recipe.memory.savers.model_dump()),
         context=ready.context,
     )
-    if recipe.train.packing:
-        require_exact_packing(model, inputs.train.examples, pad_id(inputs.tokenizer))
+    layout = _layout(recipe, model, inputs, ready.needs.extends_sequence)
     if recipe.train.embedding_noise:
         _install_noise(model, recipe.train.embedding_noise)
     _say_trainable(model, reporter, by_budget=recipe.memory.budget is not None)
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
     if recipe.memory.budget is not None:
-        _keep_within(recipe, model, inputs, recipe.memory.budget, reporter)
-    return _Opened(model, inputs, card, parameters)
+        _keep_within(recipe, model, inputs, layout, recipe.memory.budget, reporter)
+    return _Opened(model, inputs, card, parameters, layout)
 
 
 def _keep_within(
-    recipe: Recipe, model: nn.Module, inputs: Inputs, budget: int, reporter: Reporter
+    recipe: Recipe,
+    model: nn.Module,
+    inputs: Inputs,
+    layout: Layout,
+    budget: int,
+    reporter: Reporter,
 ) -> None:
     """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
     count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
-    layout = _layout(recipe)
     longest = _longest(inputs.train.examples, count, layout.pack_to)
 
     def step() -> None:
@@ -195,10 +200,18 @@ def _longest(examples: Sequence[Example], rows: int, pack_to: int | None) -> lis
     return ordered[: 1 + sum(tokens < rows * pack_to for tokens in filled)]
 
 
-def _layout(recipe: Recipe) -> Layout:
+def _layout(recipe: Recipe, model: nn.Module, inputs: Inputs, extends_sequence: bool) -> Layout:
+    """How a step's examples are put into rows: without padding where this model can do so."""
+    examples, pad = inputs.train.examples, pad_id(inputs.tokenizer)
+    state = prepared(model)
+    assert state is not None
+    if recipe.train.packing:
+        require_exact_packing(model, examples, pad)
+    can = recipe.task in PACKABLE and state.engine.flat and not extends_sequence
     return Layout(
         pack_to=recipe.train.max_length if recipe.train.packing else None,
         grouped=recipe.train.group_by_length,
+        flat=can and keeps_apart(model, examples, pad),
     )
 
 
@@ -277,7 +290,7 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
         evaluate=held_out_metrics if held_out is not None else None,
         card=opened.card,
         loss=_loss(recipe, opened.inputs.train),
-        layout=_layout(recipe),
+        layout=opened.layout,
         reporter=reporter,
     )
     return StepTrainer(opened.model, job)

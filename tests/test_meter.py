@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +149,10 @@ def stepped(kind: str, device: str, checkpointing: Any, savers: Savers) -> Readi
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("savers", [Savers(), PLAIN], ids=["lean", "plain"])
 def test_a_fake_step_counts_as_a_real_one(kind: str, checkpointing: str, savers: Savers):
-    real = stepped(kind, "real", checkpointing, savers)
     for device in ("cpu", "meta"):
+        if device == "meta":  # stands for a device where attention is SDPA's
+            savers = replace(savers, attention=False)
+        real = stepped(kind, "real", checkpointing, savers)
         gc.collect()
         fake = stepped(kind, device, checkpointing, savers)
         # AdamW counts its steps in a number a tensor, which on fake tensors is on the host

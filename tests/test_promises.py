@@ -27,12 +27,12 @@ _PLACES = """
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.tiled_mlp
-    lean.gated_mlp lean.norms lean.engine
+    lean.gated_mlp lean.norms lean.attention lean.engine
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
     data.augment data.splits data.tasks data.preflight inputs
-    preparation bench.shapes bench.fake_model bench.step bench.command
+    attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
     budget task_loss step checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation

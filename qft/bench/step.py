@@ -22,7 +22,7 @@ from qft.strategy import Context, Strategy
 
 Optimizer = Literal["adamw", "adamw-8bit", "sgd"]
 ALL = Savers()
-PLAIN = Savers(label_loss=False, lora=False, gated_mlp=False, norms=False)
+PLAIN = Savers(label_loss=False, lora=False, gated_mlp=False, norms=False, attention=False)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 Positions begin anew with every example and attention stays within it: transformers builds the
 block-diagonal mask from the positions where no attention mask is given. What fills a row up is a
 block of its own that nothing looks at. FlashAttention has no such mask: transformers gives it the
-borders instead, which it reads off the positions of a batch of one row only. So there a micro-batch
-is one long row, and nothing fills it up.
+borders instead, which it reads off the positions of a batch of one row only. So there, and with the
+engine's own attention, a micro-batch is one long row, and nothing fills it up.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,22 @@ def pack(examples: Sequence[Example], length: int) -> list[list[Example]]:
 def one_row(rows: Sequence[Row]) -> list[Row]:
     """All examples of a micro-batch in one row: what FlashAttention keeps apart."""
     return [[example for row in rows for example in row]]
+
+
+def borders_of(row: Row) -> dict[str, Tensor]:
+    """Where the examples of one long row begin and end, as transformers' attention is told.
+
+    The mask of ones keeps transformers from making a mask of tokens x tokens out of the positions.
+    """
+    import torch
+
+    lengths = [len(example.inputs["input_ids"]) for example in row]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return {
+        "attention_mask": torch.ones(1, sum(lengths), dtype=torch.int64),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+    }
 
 
 def collate_packed(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:

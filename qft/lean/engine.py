@@ -29,6 +29,7 @@ class Savers:
         lora: LoRA layers by hand-written autograd.
         gated_mlp: gated MLPs that keep gate and up alone.
         norms: normalisations that keep their input alone.
+        attention: on a CPU, attention by batched products, without padding between examples.
         tiled_mlp: gated MLPs run over a few tokens at a time; slower by one more run of them.
         host_embeddings: the table of token embeddings stays on the host.
         int8_head: the frozen output layer is held in 8 bits, which rounds the logits.
@@ -38,6 +39,7 @@ class Savers:
     lora: bool = True
     gated_mlp: bool = True
     norms: bool = True
+    attention: bool = True
     tiled_mlp: bool = False
     host_embeddings: bool = False
     int8_head: bool = False
@@ -54,6 +56,7 @@ class Engine:
         hooks: to be removed with the rest.
         plain_head: the output layer that an 8-bit one took the place of.
         device: of the model.
+        attention: the configs that name the engine's attention.
     """
 
     model: nn.Module
@@ -63,6 +66,12 @@ class Engine:
     hooks: list[RemovableHandle] = field(default_factory=list)
     plain_head: nn.Module | None = None
     device: torch.device | None = None
+    attention: list[Any] = field(default_factory=list)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the attention can be told the borders of examples in one row."""
+        return bool(self.attention) and self.device is not None and self.device.type == "cpu"
 
     def remove(self) -> None:
         """Every module computes as before."""
@@ -74,6 +83,8 @@ class Engine:
         for modules in self.modules.values():
             for module in modules:
                 restore_forward(module)
+        for config in self.attention:
+            config._attn_implementation = "sdpa"
         if self.loss is not None:
             remove_model_loss(self.model)
         if self.plain_head is not None:
@@ -81,7 +92,7 @@ class Engine:
             model: Any = self.model
             model.set_output_embeddings(self.plain_head.to(self.device))
             model.tie_weights()
-        self.modules, self.loss, self.plain_head = {}, None, None
+        self.modules, self.loss, self.plain_head, self.attention = {}, None, None, []
 
 
 def install_engine(
@@ -89,6 +100,7 @@ def install_engine(
     make_frozen: MakeFrozen,
     savers: Savers,
     dense_weight: Callable[[nn.Module], Tensor],
+    route_attention: Callable[[nn.Module], list[Any]],
 ) -> Engine:
     """Installs what fits the model; what does not fit keeps computing as it did.
 
@@ -97,6 +109,8 @@ def install_engine(
         make_frozen: how to compute with a frozen linear layer; None where it is of no known kind.
         savers: the parts to use.
         dense_weight: the full weight of a quantized output layer.
+        route_attention: sends a model's attention through the engine's own; the configs that say
+            so now.
     """
     engine = Engine(model, device=next(model.parameters()).device)
     if savers.int8_head:
@@ -105,6 +119,8 @@ def install_engine(
         _install_host_embeddings(engine)
     if savers.label_loss and output_embeddings(model) is not None:
         engine.loss = install_model_loss(model, dense_weight)
+    if savers.attention:
+        engine.attention = route_attention(model)
     kinds = _Kinds()
     for module in list(model.modules()):
         if is_replaced(module):

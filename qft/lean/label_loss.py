@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 CHUNK_BYTES = 2**28  # of a chunk's logits, in float32 and in the model's own type
+CPU_ROWS = 256  # positions a chunk; more make a CPU no faster
 IGNORED = -100
 
 
@@ -76,6 +77,9 @@ class CrossEntropy:
 def softmax_in_place(logits: Tensor) -> Tensor:
     """Turns logits into probabilities, ``[positions, vocabulary]``; their log-normalisers."""
     largest = logits.amax(dim=1, keepdim=True)
+    if logits.device.type == "cpu":  # one pass; the largest one's probability is 1 / total
+        torch.softmax(logits, dim=1, out=logits)
+        return largest[:, 0] - logits.amax(dim=1).log()
     total = logits.sub_(largest).exp_().sum(dim=1, keepdim=True)
     logits.div_(total)
     return largest[:, 0] + total[:, 0].log()
@@ -142,8 +146,10 @@ def _losses(
     per_row = vocabulary * (4 + hidden.element_size())
     rows = max(1, chunk_bytes // per_row)
     rows = rows // 128 * 128 or rows  # matrix products like round numbers
+    if hidden.device.type == "cpu":
+        rows = min(rows, CPU_ROWS)
     down, up, factor = head.lora or (None, None, 0.0)
-    plan = _Plan(head, loss, rows, factor, torch.is_grad_enabled())
+    plan = _Plan(head, loss, rows, vocabulary, factor, torch.is_grad_enabled())
     result: Tensor = _LabelLoss.apply(hidden, head.weight, head.bias, down, up, plan)  # type: ignore[no-untyped-call]
     return result
 
@@ -153,8 +159,22 @@ class _Plan:
     head: Head
     loss: LogitLoss
     rows: int
+    vocabulary: int
     factor: float
     gradients: bool
+
+
+class _Room:
+    """Memory for one chunk's logits after another, in the model's type and in float32.
+
+    Asking the system for fresh pages costs a CPU more than the arithmetic on them.
+    """
+
+    def __init__(self, hidden: Tensor, rows: int, vocabulary: int) -> None:
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        self.own = hidden.new_empty(rows, vocabulary)
+        same = precise == hidden.dtype
+        self.wide = self.own if same else torch.empty_like(self.own, dtype=precise)
 
 
 class _LabelLoss(torch.autograd.Function):
@@ -180,9 +200,10 @@ class _LabelLoss(torch.autograd.Function):
         ]
         used = [v if v is None else v.to(hidden.dtype) for v in inputs]
         losses = torch.empty(hidden.shape[0], dtype=precise, device=hidden.device)
+        room = _Room(hidden, min(plan.rows, hidden.shape[0]), plan.vocabulary)
         for start in range(0, hidden.shape[0], plan.rows):
             rows = slice(start, start + plan.rows)
-            losses[rows] = _chunk(rows, used, grads, plan)
+            losses[rows] = _chunk(rows, used, grads, plan, room)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if value is None else value.dtype for value in inputs]
         return losses
@@ -203,17 +224,19 @@ class _LabelLoss(torch.autograd.Function):
         return (to_hidden, *scaled, None)
 
 
-def _chunk(rows: slice, used: list[Any], grads: list[Any], plan: _Plan) -> Tensor:
+def _chunk(rows: slice, used: list[Any], grads: list[Any], plan: _Plan, room: _Room) -> Tensor:
     """One chunk's losses; its part of every gradient is added to ``grads``."""
     hidden, weight, bias, down, up = used
     head = plan.head
     part = hidden[rows]
-    logits = _product(part, weight, bias, head)
+    own, logits = room.own[: part.shape[0]], room.wide[: part.shape[0]]
+    _product_into(own, part, weight, bias, head)
     inner = None
     if down is not None:
         inner = functional.linear(part, down)
-        logits.addmm_(inner, up.t(), alpha=plan.factor)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        own.addmm_(inner, up.t(), alpha=plan.factor)
+    if room.own is not room.wide:
+        logits.copy_(own)
     if head.scale != 1.0:
         logits.mul_(head.scale)
     bent = None
@@ -228,9 +251,10 @@ def _chunk(rows: slice, used: list[Any], grads: list[Any], plan: _Plan) -> Tenso
         logits.addcmul_(logits, bent, value=-1)  # d tanh = 1 - tanh²
     if head.scale != 1.0:
         logits.mul_(head.scale)
-    gradient = logits.to(part.dtype)
-    del logits, bent
-    _backward(rows, part, inner, gradient, used, grads, plan)
+    del bent
+    if room.own is not room.wide:
+        own.copy_(logits)
+    _backward(rows, part, inner, own, used, grads, plan)
     return loss
 
 
@@ -256,13 +280,18 @@ def _backward(
             to_up.add_(gradient.t() @ inner, alpha=plan.factor)
 
 
-def _product(part: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head) -> Tensor:
+def _product_into(
+    logits: Tensor, part: Tensor, weight: Tensor | None, bias: Tensor | None, head: Head
+) -> None:
     if weight is not None:
-        return functional.linear(part, weight, bias)
-    assert head.blocks is not None
-    blocks = [functional.linear(part, block.to(part.dtype)) for _, block in head.blocks()]
-    logits = torch.cat(blocks, dim=1)
-    return logits if bias is None else logits.add_(bias)
+        torch.mm(part, weight.t(), out=logits)
+    else:
+        assert head.blocks is not None
+        for start, block in head.blocks():
+            place = logits[:, start : start + block.shape[0]]
+            place.copy_(part @ block.to(part.dtype).t())
+    if bias is not None:
+        logits.add_(bias)
 
 
 def _transposed_product(gradient: Tensor, weight: Tensor | None, head: Head) -> Tensor:

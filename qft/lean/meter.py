@@ -351,6 +351,13 @@ def meter(
     return counting.reading()
 
 
+# torch counts the products that make a tensor, not those that add to one
+_IN_PLACE = {
+    torch.ops.aten.addmm_: torch.ops.aten.addmm,
+    torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm,
+}
+
+
 def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
     packet = getattr(func, "_overloadpacket", None)
     aten = torch.ops.aten
@@ -358,6 +365,7 @@ def _flops(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
         return int(sdpa_flop_count(*(tensor.shape for tensor in args[:3])))
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
         return int(sdpa_backward_flop_count(*(tensor.shape for tensor in args[:4])))
+    packet = packet and _IN_PLACE.get(packet, packet)
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=result))
     return 0
