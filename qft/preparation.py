@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
@@ -12,7 +12,6 @@ from qft.attention_interface import route_attention
 from qft.errors import RecipeError
 from qft.lean.checkpointing import (
     Choice,
-    Place,
     checkpointed_layers,
     install_checkpointing,
     remove_checkpointing,
@@ -21,8 +20,11 @@ from qft.lean.dropout import DropoutClock, install_dropout, remove_dropout
 from qft.lean.engine import Engine, Savers, install_engine
 from qft.lean.lora_linear import is_lora_layer
 from qft.lean.model_parts import device_of
+from qft.lean.offload import Place
 from qft.lean.token_scores import answer_trl
-from qft.strategy import Context, Strategy
+
+if TYPE_CHECKING:  # it brings pydantic, which a model that PEFT has wrapped can do without
+    from qft.strategy import Context, Strategy
 
 Checkpointing = Literal["auto", "none", "full"] | int
 Offload = Literal["none"] | Place
@@ -88,15 +90,14 @@ def prepare(
     if offload not in ("none", "host", "disk"):
         raise RecipeError("No such place.", where="offload", found=offload,
                           fix="none, host or disk")  # fmt: skip
-    context = context or Context()
     quantization.guard_cpu_kernels(model)
-    attached = model if strategy is None else strategy.attach(model, context)
+    attached = model if strategy is None else strategy.attach(model, context or _no_context())
     require_trained(attached, strategy)
     inner = inner_model(attached)
     recompute = checkpointing not in ("none", 0) and _enable_checkpointing(
         inner, checkpointing, offload
     )
-    clock = DropoutClock(context.seed)
+    clock = DropoutClock(context.seed if context is not None else 0)
     install_dropout(attached, clock)
     engine = install_engine(
         inner,
@@ -115,6 +116,12 @@ def prepare(
     setattr(attached, _ATTRIBUTE, Prepared(strategy, clock, recompute, offload, engine, notes))
     attached.train()
     return attached
+
+
+def _no_context() -> Context:
+    from qft.strategy import Context
+
+    return Context()
 
 
 def require_trained(model: nn.Module, strategy: Strategy | None) -> None:

@@ -453,8 +453,8 @@ def test_recomputing_offloading_and_tiling_at_the_8bs_width(tmp_path: Path):
     shapes = two_layers("llama-3.1-8b", tmp_path)
     length = 4096
     bounds = {
-        "recompute": ({}, 480), "offload": ({"offload": "host"}, 225),
-        "tiled": ({"offload": "host", "savers": Savers(tiled_mlp=True)}, 110),
+        "recompute": ({}, 480), "offload": ({"offload": "host"}, 190),
+        "tiled": ({"offload": "host", "savers": Savers(tiled_mlp=True)}, 118),
     }  # fmt: skip
     for name, (changes, bound) in bounds.items():
         two, three = (metered(shapes[n], length, checkpointing="full", **changes) for n in (2, 3))

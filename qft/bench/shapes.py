@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import RecipeError, first_line
-from qft.registry import suggestion
 
 _LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0,
           "max_position_embeddings": 131072, "rms_norm_eps": 1e-5}  # fmt: skip
@@ -91,6 +90,8 @@ def shape_config(name: str) -> Any:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
+            from qft.registry import suggestion
+
             raise RecipeError(
                 "There is no such shape.",
                 where="--shape",
