@@ -32,10 +32,11 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES = ["llama", "tied", "gemma3", "qwen3", "cohere", "t5", "bart", "two-berts"]
 ONE_BY_ONE = {
-    "label_loss": Savers(True, False, False, False),
-    "lora": Savers(False, True, False, False),
-    "gated_mlp": Savers(False, False, True, False),
-    "norms": Savers(False, False, False, True),
+    "label_loss": Savers(True, False, False, False, False),
+    "lora": Savers(False, True, False, False, False),
+    "gated_mlp": Savers(False, False, True, False, False),
+    "norms": Savers(False, False, False, True, False),
+    "attention": Savers(False, False, False, False, True),
     "all": Savers(),
     "tiled": Savers(tiled_mlp=True),
 }

@@ -283,3 +283,53 @@ def test_adapters_that_are_left_to_peft_are_told(settings: dict[str, Any], words
     told = [note for note in state.notes if "PEFT's own code" in note]
     assert bool(told) == bool(words)
     assert not words or words in told[0]
+
+
+def test_projections_of_one_input_are_computed_together_and_no_others():
+    from qft.lean.shared_input import Siblings
+
+    def lora_layers(model: Any) -> list[Any]:
+        return [m for m in model.modules() if hasattr(m, "lora_A") and "forward" in m.__dict__]
+
+    def families(model: Any) -> list[Siblings]:
+        found = [m.forward.siblings for m in lora_layers(model)]
+        return list({id(s): s for s in found if s is not None}.values())
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 64)
+    model: Any = prepare(made("llama"), LoRA(rank=4), checkpointing="none")
+    assert sorted(len(f.layers) for f in families(model)) == [2] * 3 + [3] * 3  # three layers
+    attention = model.get_base_model().model.layers[0].self_attn
+    family = attention.q_proj.forward.siblings
+    query = attention.q_proj(x)
+    key_apart = attention.k_proj(x.clone())  # not the tensor that the others were made of
+    assert torch.equal(key_apart, attention.k_proj(x))
+    assert torch.equal(query, attention.q_proj(x))
+    attention.k_proj(x)
+    attention.v_proj(x)
+    assert not family.waiting  # all were fetched: nothing is held
+    attention.q_proj(x)
+    x.mul_(2)  # the same tensor, and yet another
+    assert not torch.allclose(attention.k_proj(x), key_apart)
+    model = prepare(made("t5"), LoRA(rank=4), checkpointing="none")
+    cross = model.get_base_model().decoder.block[0].layer[1].EncDecAttention
+    assert cross.q.forward.siblings is None  # it reads the decoder, key and value the encoder
+    own = model.get_base_model().decoder.block[0].layer[0].SelfAttention
+    assert len(own.q.forward.siblings.layers) == 3
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new"])
+def test_an_activations_slope_is_its_own(name: str):
+    from transformers.activations import ACT2FN
+
+    from qft.lean.gated_mlp import slope_of, turn_gradient_
+
+    activation = ACT2FN[name]
+    slope = slope_of(activation)
+    assert (slope is None) == (name in ("relu", "gelu_new"))
+    x = torch.linspace(-8, 8, 33).view(3, 11).requires_grad_()
+    arriving = torch.randn(3, 11)
+    (wanted,) = torch.autograd.grad(activation(x), x, arriving)
+    found = arriving.clone()
+    turn_gradient_(activation, slope, x.detach(), found)
+    torch.testing.assert_close(found, wanted)

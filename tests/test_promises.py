@@ -26,7 +26,8 @@ _PLACES = """
     strategy registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.offload lean.checkpointing lean.meter lean.standins lean.label_loss
-    lean.divergence lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.tiled_mlp
+    lean.divergence lean.int8_head lean.token_scores lean.model_loss lean.lora_linear
+    lean.shared_input lean.tiled_mlp
     lean.gated_mlp lean.norms lean.attention lean.engine
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat

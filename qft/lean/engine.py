@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from qft.lean.gated_mlp import LeanGatedMLP, is_gated_mlp
+from qft.lean.gated_mlp import LeanGatedMLP, is_gated_mlp, slope_of
 from qft.lean.host_embeddings import HostLookup, move_back, move_to_host
 from qft.lean.int8_head import Int8Head
 from qft.lean.lora_linear import LeanForward, MakeFrozen, is_lora_layer
 from qft.lean.model_loss import ModelLoss, install_model_loss, remove_model_loss
-from qft.lean.model_parts import output_embeddings
+from qft.lean.model_parts import CROSS_ATTENTION, output_embeddings
 from qft.lean.norms import LeanNorm, norm_of
 from qft.lean.patching import is_replaced, replace_forward, restore_forward
+from qft.lean.shared_input import FAMILIES, Siblings
 
 
 @dataclass(frozen=True)
@@ -121,19 +122,20 @@ def install_engine(
         engine.loss = install_model_loss(model, dense_weight)
     if savers.attention:
         engine.attention = route_attention(model)
-    kinds = _Kinds()
+    kinds, siblings = _Kinds(), _Families(model)
     for module in list(model.modules()):
         if is_replaced(module):
             continue
         if savers.lora and (frozen := _frozen_base(module, make_frozen)) is not None:
-            _install(engine, "lora", module, LeanForward, frozen)
+            _install(engine, "lora", module, LeanForward, frozen, siblings.of(module, frozen))
         elif savers.norms and (kind := kinds.norm(module)) is not None:
             _install(engine, "norms", module, LeanNorm, *kind)
         elif savers.gated_mlp and kinds.is_gated_mlp(module):
             down: Any = module.down_proj
             base = down.get_base_layer() if hasattr(down, "get_base_layer") else down
             if (frozen := make_frozen(base)) is not None:
-                _install(engine, "gated_mlp", module, LeanGatedMLP, frozen, savers.tiled_mlp)
+                slope = slope_of(module.act_fn)  # type: ignore[arg-type]
+                _install(engine, "gated_mlp", module, LeanGatedMLP, frozen, savers.tiled_mlp, slope)
     return engine
 
 
@@ -177,6 +179,28 @@ def _install(
 def _frozen_base(module: Any, make_frozen: MakeFrozen) -> Any:
     """The frozen half of one of PEFT's LoRA layers; None for anything else."""
     return make_frozen(module.get_base_layer()) if is_lora_layer(module) else None
+
+
+class _Families:
+    """Which LoRA layers stand beside one another under names of one family."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._of: dict[nn.Module, Siblings] = {}
+        for path, parent in model.named_modules():
+            if set(path.split(".")) & set(CROSS_ATTENTION):
+                continue  # its queries read another text than its keys and values
+            for names in FAMILIES:
+                layers = [child for name, child in parent.named_children() if name in names]
+                layers = [layer for layer in layers if is_lora_layer(layer)]
+                if len(layers) > 1:
+                    self._of |= dict.fromkeys(layers, Siblings())
+
+    def of(self, layer: nn.Module, frozen: Any) -> Siblings | None:
+        """Those of a layer, itself now one of them."""
+        found = self._of.get(layer)
+        if found is not None:
+            found.add(layer, frozen)
+        return found
 
 
 class _Kinds:

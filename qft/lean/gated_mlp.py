@@ -8,12 +8,14 @@ Source of the layer: Shazeer 2020, https://arxiv.org/abs/2002.05202.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from qft.lean.lora_linear import (
     Frozen,
@@ -29,11 +31,17 @@ from qft.lean.lora_linear import (
 from qft.lean.tiled_mlp import tile_rows, tiled
 
 Activation = Callable[[Tensor], Tensor]
+Slope = Callable[[Tensor, Tensor], None]  # turns an arriving gradient, in place, at these inputs
 PIECE = 2**22  # elements
 
 
 def gated_down(
-    gate: Tensor, up: Tensor, activation: Activation, frozen: Frozen, update: Update | None
+    gate: Tensor,
+    up: Tensor,
+    activation: Activation,
+    frozen: Frozen,
+    update: Update | None,
+    slope: Slope | None = None,
 ) -> Tensor:
     """``down(activation(gate) * up)``, keeping gate and up for the backward pass.
 
@@ -42,9 +50,10 @@ def gated_down(
         activation: elementwise.
         frozen: the down projection.
         update: its adapter, drawn for a tensor like ``up``, or None.
+        slope: of the activation; see `slope_of`.
     """
     a, b = (None, None) if update is None else (update.down, update.up)
-    result: Tensor = _GatedDown.apply(gate, up, a, b, activation, frozen, update)  # type: ignore[no-untyped-call]
+    result: Tensor = _GatedDown.apply(gate, up, a, b, activation, frozen, update, slope)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -52,7 +61,7 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, gate: Tensor, up: Tensor, a: Tensor | None, b: Tensor | None,
-        activation: Activation, frozen: Frozen, update: Update | None,
+        activation: Activation, frozen: Frozen, update: Update | None, slope: Slope | None,
     ) -> Tensor:  # fmt: skip
         hidden = activation(gate).mul_(up)
         result = frozen.product(hidden)
@@ -60,13 +69,13 @@ class _GatedDown(torch.autograd.Function):
         if update is not None and a is not None and b is not None:
             inner = add_update(result, hidden, a, b, update)
         ctx.save_for_backward(gate, up, inner, a, b)
-        ctx.parts = (activation, frozen, update)
+        ctx.parts = (activation, frozen, update, slope)
         return result
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         gate, up, inner, a, b = ctx.saved_tensors
-        activation, frozen, update = ctx.parts
+        activation, frozen, update, slope = ctx.parts
         rows = gradient.reshape(-1, gradient.shape[-1])
         activated = activation(gate)
         to_a = to_b = None
@@ -78,15 +87,21 @@ class _GatedDown(torch.autograd.Function):
             to_hidden = input_gradient(rows, back, a, up.shape, frozen, update)
         to_up = activated.mul_(to_hidden)
         to_gate = to_hidden.mul_(up)
-        turn_gradient_(activation, gate, to_gate)
-        return to_gate, to_up, to_a, to_b, None, None, None
+        turn_gradient_(activation, slope, gate, to_gate)
+        return to_gate, to_up, to_a, to_b, None, None, None, None
 
 
-def turn_gradient_(activation: Activation, inputs: Tensor, gradient: Tensor) -> None:
+def turn_gradient_(
+    activation: Activation, slope: Slope | None, inputs: Tensor, gradient: Tensor
+) -> None:
     """Turns an elementwise function's gradient into that of its inputs, in place.
 
-    A piece at a time: what autograd needs in between is never there for all of it.
+    Where torch has it as one operation, by that; else a piece at a time by autograd: what it needs
+    in between is never there for all of it.
     """
+    if slope is not None:
+        slope(gradient, inputs)
+        return
     rows, arriving = (t.view(-1, t.shape[-1]) for t in (inputs, gradient))
     size = max(1, PIECE // rows.shape[1])
     for at in range(0, rows.shape[0], size):
@@ -97,18 +112,50 @@ def turn_gradient_(activation: Activation, inputs: Tensor, gradient: Tensor) -> 
         arriving[part] = turned
 
 
+def _silu_(gradient: Tensor, inputs: Tensor) -> None:
+    torch.ops.aten.silu_backward.grad_input(gradient, inputs, grad_input=gradient)
+
+
+def _gelu_(gradient: Tensor, inputs: Tensor, approximate: str = "none") -> None:
+    torch.ops.aten.gelu_backward.grad_input(
+        gradient, inputs, approximate=approximate, grad_input=gradient
+    )
+
+
+SLOPES: tuple[tuple[Activation, Slope], ...] = (
+    (functional.silu, _silu_),
+    (functional.gelu, _gelu_),
+    (
+        functools.partial(functional.gelu, approximate="tanh"),
+        functools.partial(_gelu_, approximate="tanh"),
+    ),
+)
+
+
+def slope_of(activation: Activation) -> Slope | None:
+    """torch's own backward operation of an activation, or None; it is asked, not known by name."""
+    with torch.no_grad(), torch.device("cpu"):
+        x = torch.linspace(-9, 9, 61).bfloat16()
+        for known, slope in SLOPES:
+            if torch.equal(activation(x), known(x)):
+                return slope
+    return None
+
+
 @dataclass(frozen=True)
 class LeanGatedMLP:
     """The ``forward`` of a module with gate_proj, up_proj, down_proj and act_fn.
 
     Attributes:
         frozen: the down projection without its adapter.
+        slope: of the activation; see `slope_of`.
         by_tiles: run over a few tokens at a time (`qft.lean.tiled_mlp`).
     """
 
     mlp: Any
     frozen: Frozen
     by_tiles: bool
+    slope: Slope | None
     plain: Callable[..., Tensor]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -133,7 +180,7 @@ class LeanGatedMLP:
         hooked = down._forward_hooks or down._forward_pre_hooks
         if not gate.requires_grad or foreign or hooked or (adapted and update is None):
             return down(mlp.act_fn(gate) * up)  # type: ignore[no-any-return]
-        return gated_down(gate, up, mlp.act_fn, self.frozen, update)
+        return gated_down(gate, up, mlp.act_fn, self.frozen, update, self.slope)
 
     def _drops(self) -> bool:
         """Dropout knows samples by their rows, and a tile has none."""

@@ -178,17 +178,29 @@ def lean_update(layer: Any, x: Tensor) -> Update | None:
     return Update(down, up, float(layer.scaling[name]), replay)
 
 
+class Together(Protocol):
+    """Layers that may be computed together (`qft.lean.shared_input`)."""
+
+    def answer(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+        """``W x + s B A x`` of one of them; None where it must be computed alone."""
+
+
 @dataclass(frozen=True)
 class LeanForward:
     """The ``forward`` of a PEFT LoRA layer: by hand where it trains, PEFT's own otherwise."""
 
     layer: Any
     frozen: Frozen
+    siblings: Together | None
     plain: Callable[..., Tensor]
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[…, in]`` to ``[…, out]``."""
         if self.layer.training and not (args or kwargs):
+            if self.siblings is not None:
+                shared = self.siblings.answer(self.layer, x)
+                if shared is not None:
+                    return shared
             update = lean_update(self.layer, x)
             if update is not None:
                 return lora_linear(x, self.frozen, update)

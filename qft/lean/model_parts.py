@@ -12,6 +12,10 @@ if TYPE_CHECKING:
 # halves and the shared embeddings at the top.
 _HALVES = ("encoder", "decoder", "shared")
 
+# what families call the attention of one text to another
+CROSS_ATTENTION = (
+    "cross_attn", "crossattention", "cross_attention", "encoder_attn", "EncDecAttention",
+)  # fmt: skip
 
 ON_HOST = "_qft_on_host"  # set on a module whose weights are not on the model's device
 

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qft.lean.model_parts import layer_stacks
+from qft.lean.model_parts import CROSS_ATTENTION, layer_stacks
 
 Attention = Callable[..., tuple[Tensor, Any]]
 _SLOT = "_qft_prefix"  # in an attention module's own dict, so that it is no submodule of it
-_CROSS = ("cross_attn", "crossattention", "cross_attention", "encoder_attn", "EncDecAttention")
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
 
 
@@ -95,7 +94,7 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
         inner = [
             module
             for name, module in layer.named_modules()
-            if hasattr(module, "is_causal") and not set(name.split(".")) & set(_CROSS)
+            if hasattr(module, "is_causal") and not set(name.split(".")) & set(CROSS_ATTENTION)
         ]
         found += inner[:1]
     return found
