@@ -1,6 +1,6 @@
 """Runs the cases; a line a side is appended to benchmarks/results/peers.jsonl.
 
-    QFT_ASSETS=ASSETS python -m benchmarks.peers --case alpaca-135m --sides plain unsloth qft
+QFT_ASSETS=ASSETS python -m benchmarks.peers --case alpaca-135m --sides plain unsloth qft
 """
 
 from __future__ import annotations
@@ -152,23 +152,24 @@ def is_done(results: Path, case: str, commit: str) -> bool:
 
 
 def current_commit() -> str:
-    """The commit, and a mark where the measured code has been changed since."""
+    """The last commit of the measured code, and a mark where it has been changed since."""
+
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=REPOSITORY, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "qft", "adapters", "benchmarks/peers")
-    return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    code = ("--", "qft", "adapters", "benchmarks/peers")
+    changed = git("status", "--porcelain", *code)
+    return git("log", "-1", "--format=%h", *code) + ("+changes" if changed else "")
 
 
 def hardware() -> dict[str, Any]:
     """Of this machine."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-                 platform.processor())  # fmt: skip
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
-        "cpu": model,
+        "cpu": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",

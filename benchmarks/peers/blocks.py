@@ -71,9 +71,7 @@ class Blocks(TrainerCallback):
             return
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._block.trained = len(trained)
-        self._block.with_gradient = sum(
-            p.grad is not None and bool(p.grad.any()) for p in trained
-        )
+        self._block.with_gradient = sum(p.grad is not None and bool(p.grad.any()) for p in trained)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One step more."""
@@ -115,9 +113,7 @@ class Blocks(TrainerCallback):
         assert block is not None
         cpu, wall = time.process_time() - block.cpu, time.perf_counter() - block.wall
         samples = [[s for batch in step for s in samples_of(batch)] for step in block.steps]
-        positions = sum(
-            batch["input_ids"].numel() for step in block.steps for batch in step
-        )
+        positions = sum(batch["input_ids"].numel() for step in block.steps for batch in step)
         self._channel.send(
             kind="block",
             cpu_seconds=cpu,

@@ -185,9 +185,7 @@ def _tries(case: Case, tokenizer: Tokenizer, words: list[str]) -> Iterator[dict[
         at += 40
 
 
-def _grow(
-    tokenizer: Tokenizer, words: list[str], at: int, tokens: int
-) -> tuple[list[str], int]:
+def _grow(tokenizer: Tokenizer, words: list[str], at: int, tokens: int) -> tuple[list[str], int]:
     """Words from ``at`` on that come to about so many tokens."""
     total, first = 0, at
     while at < len(words) and total < tokens:

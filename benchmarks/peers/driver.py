@@ -107,7 +107,9 @@ class SideProcess:
         code = self._process.wait()
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = "\n".join(lines[-8:]) or "(it printed nothing)"
-        return SideError(f"{self.side.name}: its process ended with code {code}. Its last lines:\n{last}")
+        return SideError(
+            f"{self.side.name}: its process ended with code {code}. Its last lines:\n{last}"
+        )
 
 
 def side_environment(side: Side, threads: int) -> dict[str, str]:
@@ -220,7 +222,10 @@ def row_of(side: SideProcess) -> dict[str, Any]:
     positions = sum(report["positions"] for report in side.reports)
     return {
         "side": name,
-        "settings": {"options": dict(side.side.options), "environment": dict(side.side.environment)},
+        "settings": {
+            "options": dict(side.side.options),
+            "environment": dict(side.side.environment),
+        },
         "versions": side.ready["versions"],
         "threads": side.ready["threads"],
         "tokens_per_cpu_second": spread([r["tokens"] / r["cpu_seconds"] for r in blocks]),
@@ -240,5 +245,5 @@ def row_of(side: SideProcess) -> dict[str, Any]:
 
 def agree(rows: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the final losses are within one per cent of each other."""
-    finals = [row["final_loss"] for row in rows]
+    finals = [float(row["final_loss"]) for row in rows]
     return max(finals) <= min(finals) * (1 + AGREE)

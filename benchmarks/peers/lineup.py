@@ -24,11 +24,11 @@ SIDES = {
     "trl": Side("trl", "trl"),
     "trl-best": Side("trl-best", "trl"),
     "unsloth": Side("unsloth", "unsloth"),
-    "unsloth-best": Side("unsloth-best", "unsloth"),
-    "qft": Side("qft", "qft"),
-    "qft-best": Side(
-        "qft-best", "qft", {"recipe": {"memory": {"checkpointing": "none"}}}
+    "unsloth-best": Side(
+        "unsloth-best", "unsloth", {"checkpointing": False}, {"UNSLOTH_CPU_COMPILE": "1"}
     ),
+    "qft": Side("qft", "qft"),
+    "qft-best": Side("qft-best", "qft", {"recipe": {"memory": {"checkpointing": "none"}}}),
 }
 
 # by case, or by a part of its name

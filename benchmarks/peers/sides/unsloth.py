@@ -15,10 +15,9 @@ def main() -> None:
     """Trains one job."""
     channel = Channel()
     job = channel.receive()
-    from unsloth import FastLanguageModel  # before all else, as it asks
-
-    import datasets  # noqa: I001
+    import datasets
     from trl import SFTConfig, SFTTrainer
+    from unsloth import FastLanguageModel  # before all else, as it asks
 
     from benchmarks.peers.blocks import Blocks
     from benchmarks.peers.sides.trl import completions, sft_arguments
