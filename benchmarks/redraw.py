@@ -286,10 +286,10 @@ def details(folder: Path = RESULTS) -> str:
         "",
         "Made by `python benchmarks/redraw.py` from `benchmarks/results/peers.jsonl`;",
         "`benchmarks/peers/TRIED.md` lists the settings that were tried. `make bench` measures.",
-        "",
-        "![tokens a CPU-second of each side](speed.png)",
     ]
     rows = read("peers.jsonl", folder)
+    if rows:
+        lines += ["", "![tokens a CPU-second of each side](speed.png)"]
     for case, title in zip(CASES, ENGLISH.cases, strict=True):
         found = latest(rows, case)
         if not found:
@@ -353,7 +353,8 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
         axis.barh(names, middle, color=colours, xerr=whiskers, ecolor="#444444",
                   error_kw={"linewidth": 0.8})  # fmt: skip
         for name, value in zip(names, middle, strict=True):
-            axis.text(value * 0.02, name, f"{value:.0f}", va="center", fontsize=8)
+            ink = "white" if name.startswith("qft") else "black"
+            axis.text(value * 0.02, name, f"{value:.0f}", va="center", fontsize=8, color=ink)
         axis.set_title(titles[case].replace(", ", ",\n", 1), fontsize=9)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)

@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--case", nargs="+", default=["all"], choices=["all", *CASES])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--blocks", type=int, default=5, help="measured, after one to warm up")
     parser.add_argument("--steps", type=int, help="optimizer steps a block; else the case's own")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))

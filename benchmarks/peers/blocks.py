@@ -66,8 +66,8 @@ class Blocks(TrainerCallback):
             self._wait()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Counts gradients, in the first block alone: it takes time."""
-        if self._block is None or state.global_step + 1 != self._size:
+        """Counts gradients, once: in the first step LoRA's A has none, since B is nought."""
+        if self._block is None or state.global_step + 1 != 2:
             return
         trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
         self._block.trained = len(trained)

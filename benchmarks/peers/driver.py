@@ -205,18 +205,19 @@ def row_of(side: SideProcess) -> dict[str, Any]:
     Raises:
         SideError: it did not train: a loss that does not fall, or no gradient.
     """
-    warm_up, *blocks = side.reports
+    _, *blocks = side.reports
     last = blocks[-1]["losses"]
     losses = [loss for report in side.reports for loss in report["losses"]]
     first_loss, final_loss = losses[0], statistics.fmean(last)
     name = side.side.name
     if not final_loss < first_loss:
         raise SideError(f"{name}: the loss does not fall: {first_loss:.4f} to {final_loss:.4f}")
-    if warm_up["tensors_with_gradient"] < warm_up["trained_tensors"]:
-        raise SideError(
-            f"{name}: {warm_up['tensors_with_gradient']} of {warm_up['trained_tensors']} trained "
-            "tensors have a gradient"
-        )
+    trained, moving = (
+        max(report[key] for report in side.reports)
+        for key in ("trained_tensors", "tensors_with_gradient")
+    )
+    if not moving or moving < trained:
+        raise SideError(f"{name}: {moving} of {trained} trained tensors have a gradient")
     peak = max(report["peak_bytes"] for report in side.reports)
     tokens = sum(report["tokens"] for report in side.reports)
     positions = sum(report["positions"] for report in side.reports)

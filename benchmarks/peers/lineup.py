@@ -1,7 +1,7 @@
 """Who takes part: each toolkit with its documented defaults, and with its best settings.
 
-What is best was measured, per case, among the settings that the toolkit's documentation offers
-for a CPU; `benchmarks/peers/TRIED.md` has the list.
+What is best was measured among the settings that each toolkit's documentation offers for a CPU;
+`benchmarks/peers/TRIED.md` has the list.
 """
 
 from __future__ import annotations
@@ -18,20 +18,43 @@ class UnavailableError(Exception):
     """This side cannot run here; the text says why."""
 
 
+_ONE_ROW = {"micro_batch": 1}  # no padding at all, and on a CPU nothing lost by it
+
 SIDES = {
-    "plain": Side("plain", "plain"),
-    "plain-best": Side("plain-best", "plain"),
-    "trl": Side("trl", "trl"),
-    "trl-best": Side("trl-best", "trl"),
-    "unsloth": Side("unsloth", "unsloth"),
-    "unsloth-best": Side(
-        "unsloth-best", "unsloth", {"checkpointing": False}, {"UNSLOTH_CPU_COMPILE": "1"}
-    ),
-    "qft": Side("qft", "qft"),
-    "qft-best": Side("qft-best", "qft", {"recipe": {"memory": {"checkpointing": "none"}}}),
+    side.name: side
+    for side in (
+        Side("plain", "plain"),
+        Side(
+            "plain-best",
+            "plain",
+            {
+                **_ONE_ROW,
+                "attention": "eager",
+                "adapter_dtype": "bfloat16",
+                "kbit_preparation": False,
+            },
+        ),
+        Side("trl", "trl"),
+        Side(
+            "trl-best",
+            "trl",
+            {**_ONE_ROW, "attention": "eager", "arguments": {"gradient_checkpointing": False}},
+        ),
+        Side("unsloth", "unsloth"),
+        Side(
+            "unsloth-best",
+            "unsloth",
+            {**_ONE_ROW, "attention": "eager", "checkpointing": False},
+            {"UNSLOTH_CPU_COMPILE": "1"},
+        ),
+        Side("qft", "qft"),
+        Side(
+            "qft-best", "qft", {"recipe": {"memory": {"checkpointing": "none", "micro_batch": 1}}}
+        ),
+    )
 }
 
-# by case, or by a part of its name
+# what another case does best with, by side and case
 BEST: dict[str, dict[str, dict[str, Any]]] = {}
 
 

@@ -69,6 +69,7 @@ def sft_arguments(job: dict[str, Any]) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "train_sampling_strategy": "sequential",
         "max_length": job["max_length"],
+        "completion_only_loss": True,  # tokens with a mask are not taken for prompt and completion
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": [],
