@@ -65,8 +65,8 @@ class Case:
     seed: int = 0
 
 
-_ALPACA = Case("smollm2-135m", None, batch=4, steps=4)
-_FIXED = Case("qwen2.5-0.5b", 512, batch=1, steps=2)
+_ALPACA = Case("smollm2-135m", None, batch=4, steps=2)
+_FIXED = Case("qwen2.5-0.5b", 512, batch=1, steps=1)
 CASES = {
     "alpaca-135m": _ALPACA,
     "qwen-0.5b-512": _FIXED,
