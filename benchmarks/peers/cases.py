@@ -66,7 +66,7 @@ class Case:
 
 
 _ALPACA = Case("smollm2-135m", None, batch=4, steps=2)
-_FIXED = Case("qwen2.5-0.5b", 512, batch=1, steps=1)
+_FIXED = Case("qwen2.5-0.5b", 512, batch=1, steps=1, learning_rate=3e-3)
 CASES = {
     "alpaca-135m": _ALPACA,
     "qwen-0.5b-512": _FIXED,
