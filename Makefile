@@ -10,7 +10,7 @@ JOBS ?= 2
 OLDEST := $(addprefix tests/,contract test_gradients.py test_lora.py test_head.py test_models.py \
 	test_resume.py test_engine.py test_other_loops.py test_several_processes.py)
 
-.PHONY: demo test test-slow test-oldest check format clean
+.PHONY: demo test test-slow test-oldest bench check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qft demo
@@ -25,6 +25,13 @@ test-slow: $(VENV)/.installed-dev
 test-oldest:
 	$(MAKE) .venv-oldest/.installed-dev VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n $(JOBS) -m "not slow" $(OLDEST)
+
+# Measures on this CPU (QFT_ASSETS names the data), then draws the README's tables from the results.
+# Cases that have rows of this commit are left out, so that an interrupted run goes on.
+bench: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.peers --missing
+	if test -f benchmarks/feature_cache.py; then $(BIN)/python benchmarks/feature_cache.py "$$QFT_ASSETS"; fi
+	$(BIN)/python benchmarks/redraw.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from qft import hardware, models
 from qft.budget import keep_what_fits, require_within
@@ -75,6 +75,7 @@ def train(
     resume: bool | str = False,
     overwrite: bool = False,
     reporter: Reporter = QUIET,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Trains what the recipe says.
 
@@ -83,6 +84,7 @@ def train(
         resume: go on from the newest complete checkpoint, or from the one named.
         overwrite: replace a former run in the output folder.
         reporter: where progress goes.
+        callbacks: transformers' own kind; called like a Trainer's.
 
     Raises:
         QftError: see :mod:`qft.errors`; the run folder keeps its checkpoints.
@@ -106,7 +108,7 @@ def train(
         require_same_start(folder, identity)
     else:  # only now: bad data or a bad model must not cost a former run
         create_run_folder(folder, recipe, identity)
-    trainer = _make_trainer(recipe, opened, folder, reporter)
+    trainer = _make_trainer(recipe, opened, folder, reporter, callbacks)
     report = _run(trainer, recipe, start, folder, reporter)
     return _finish(recipe, opened, trainer, report, folder, reporter)
 
@@ -262,7 +264,13 @@ def _card(
     )
 
 
-def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Reporter) -> StepTrainer:
+def _make_trainer(
+    recipe: Recipe,
+    opened: _Opened,
+    folder: Path,
+    reporter: Reporter,
+    callbacks: Sequence[TrainerCallback],
+) -> StepTrainer:
     pad = pad_id(opened.inputs.tokenizer)
     held_out = opened.inputs.held_out
 
@@ -293,7 +301,7 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
         layout=opened.layout,
         reporter=reporter,
     )
-    return StepTrainer(opened.model, job)
+    return StepTrainer(opened.model, job, list(callbacks))
 
 
 def _loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
