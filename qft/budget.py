@@ -1,8 +1,12 @@
-"""`memory.budget`: as many layers keep their activations as fit; the others recompute them.
+"""What layers do with their activations: `memory.budget`, and `checkpointing: auto` without one.
+
+With a budget, as many layers keep their activations as fit, and the others recompute them.
 
 The longest micro-batch of the data is run forward and backward under the meter, with more or fewer
 layers keeping, until the most that fit is known: bytes grow with each layer that keeps, so a few
-trials are enough. Weights, gradients and random state are left as they were.
+trials are enough. Without one, all keep theirs if that surely fits into half of what is free, told
+by a single ordinary example; else all recompute. Weights, gradients and random state are left as
+they were.
 """
 
 from __future__ import annotations
@@ -62,6 +66,48 @@ def keep_what_fits(
             too_many = middle
     recompute_lowest(inner, layers - fits, offload)
     return fits, taken
+
+
+ROOM = 0.5  # share of the free memory that kept activations may take
+
+
+def keep_if_roomy(
+    model: nn.Module,
+    step: Callable[[], object],
+    scale: float,
+    free_bytes: int | None,
+    optimizer: str,
+) -> int | None:
+    """Lets all layers keep their activations if there is room for them.
+
+    Args:
+        model: prepared, with all of its layers recomputing.
+        step: a forward and a backward pass of one ordinary example.
+        scale: how many times its tokens the largest micro-batch has; activations grow with them.
+        free_bytes: what is free with the model in memory, or None where nobody knows.
+        optimizer: its name in the recipe.
+
+    Returns:
+        The bytes that activations, gradients and optimizer states will take at most; None if the
+        layers go on recomputing.
+    """
+    inner = inner_model(model)
+    layers = len(checkpointed_layers(inner))
+    if free_bytes is None:
+        return None
+    recompute_lowest(inner, 0, "none")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = int(STATE_BYTES[optimizer] * sum(p.numel() for p in trained))
+    gradients = sum(p.nbytes for p in trained)
+    with Meter(model) as held:
+        pass
+    activations = _needed(model, step, optimizer) - states - gradients
+    activations -= held.reading().static_bytes
+    taken = int(max(1.0, scale) * max(0, activations)) + states + gradients
+    if taken <= ROOM * free_bytes:
+        return taken
+    recompute_lowest(inner, layers, "none")
+    return None
 
 
 def require_within(

@@ -175,7 +175,8 @@ class Memory(Settings):
 
     checkpointing: Literal["auto", "none", "full"] | Annotated[int, Field(ge=0)] = Field(
         "auto",
-        description="layers whose activations are recomputed in the backward pass; auto is full",
+        description="layers whose activations are recomputed in the backward pass; auto is none "
+        "where half of the free memory surely suffices for that, else full, or what budget allows",
     )
     budget: Annotated[int, BeforeValidator(_as_bytes)] | None = Field(
         None, description="8GiB, 512MiB: what a step may hold; checkpointing: auto keeps what fits"

@@ -6,7 +6,7 @@ import itertools
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from qft import hardware, models
-from qft.budget import keep_what_fits, require_within
+from qft.budget import keep_if_roomy, keep_what_fits, require_within
 from qft.card import make_card, write_card
 from qft.data.packing import PACKABLE
 from qft.data.tasks import Example, ExampleSet, pad_id
@@ -148,11 +148,13 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     layout = _layout(recipe, model, inputs, ready.needs.extends_sequence)
     if recipe.train.embedding_noise:
         _install_noise(model, recipe.train.embedding_noise)
-    _say_trainable(model, reporter, by_budget=recipe.memory.budget is not None)
+    _say_trainable(model, reporter, chosen=recipe.memory.checkpointing != "auto")
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
     if recipe.memory.budget is not None:
         _keep_within(recipe, model, inputs, layout, recipe.memory.budget, reporter)
+    elif recipe.memory.checkpointing == "auto" and _recomputes(model):
+        _keep_if_roomy(recipe, model, inputs, layout, reporter)
     return _Opened(model, inputs, card, parameters, layout)
 
 
@@ -168,18 +170,7 @@ def _keep_within(
     count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
     longest = _longest(inputs.train.examples, count, layout.pack_to)
 
-    def step() -> None:
-        accumulate_gradients(
-            model,
-            longest,
-            inputs.task,
-            step=0,
-            micro_batch=count,
-            pad_token_id=pad_id(inputs.tokenizer),
-            loss=_loss(recipe, inputs.train),
-            layout=layout,
-        )
-
+    step = _trial(recipe, model, inputs, layout, longest, count)
     layers = len(checkpointed_layers(inner_model(model)))
     chosen = ""
     if recipe.memory.checkpointing == "auto" and layers:
@@ -190,6 +181,55 @@ def _keep_within(
     reporter.say(
         f"memory: {chosen}the longest micro-batch holds {human_bytes(taken)} of tensors, "
         f"{human_bytes(budget)} are allowed"
+    )
+
+
+def _keep_if_roomy(
+    recipe: Recipe, model: nn.Module, inputs: Inputs, layout: Layout, reporter: Reporter
+) -> None:
+    """Without a budget, checkpointing `auto` recomputes only where memory could become scarce."""
+    count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
+    ordered = sorted(inputs.train.examples, key=lambda e: len(e.inputs["input_ids"]))
+    ordinary = ordered[len(ordered) // 2]
+    longest = _longest(ordered, count, layout.pack_to)
+    most = max(len(e.inputs["input_ids"]) for e in longest) * count
+    if layout.shares_rows:
+        most = sum(len(e.inputs["input_ids"]) for e in longest)
+    device = device_of(model).type
+    taken = keep_if_roomy(
+        model,
+        _trial(recipe, model, inputs, layout, [ordinary], 1),
+        most / len(ordinary.inputs["input_ids"]),
+        hardware.free_memory_bytes(device),
+        recipe.train.optimizer,
+    )
+    if taken is None:
+        reporter.say(
+            "memory: activations are recomputed, since keeping them could take more than half of "
+            "what is free; memory.budget sets another limit"
+        )
+    else:
+        reporter.say(f"memory: activations are kept, for at most {human_bytes(taken)}")
+
+
+def _trial(
+    recipe: Recipe,
+    model: nn.Module,
+    inputs: Inputs,
+    layout: Layout,
+    examples: Sequence[Example],
+    count: int,
+) -> Callable[[], object]:
+    """A forward and a backward pass of these examples."""
+    return lambda: accumulate_gradients(
+        model,
+        examples,
+        inputs.task,
+        step=0,
+        micro_batch=count,
+        pad_token_id=pad_id(inputs.tokenizer),
+        loss=_loss(recipe, inputs.train),
+        layout=layout,
     )
 
 
@@ -223,13 +263,20 @@ def _install_noise(model: Any, alpha: float) -> None:
     install_noise(model.get_input_embeddings(), state.clock, alpha)
 
 
-def _say_trainable(model: nn.Module, reporter: Reporter, by_budget: bool) -> None:
+def _recomputes(model: nn.Module) -> bool:
+    """Whether its layers recompute, with their inputs on the device."""
+    state = prepared(model)
+    assert state is not None
+    return state.offload == "none" and bool(checkpointed_layers(inner_model(model)))
+
+
+def _say_trainable(model: nn.Module, reporter: Reporter, chosen: bool) -> None:
     trained = _count_trained(model)
     state = prepared(model)
     assert state is not None
     reporter.say(
         f"trains: {trained:,} parameters"
-        + (", activations are recomputed" if state.checkpointing and not by_budget else "")
+        + (", activations are recomputed" if state.checkpointing and chosen else "")
     )
     for note in state.notes:
         reporter.say(f"note: {note}")
