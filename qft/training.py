@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -21,6 +22,7 @@ from qft.card import make_card, write_card
 from qft.data.tasks import Example, ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
+from qft.features import Features, cache_features
 from qft.files import new_folder, require_apart, write_json
 from qft.inputs import Inputs, open_inputs, require_possible
 from qft.lean.checkpointing import checkpointed_layers
@@ -65,6 +67,7 @@ class _Opened:
     inputs: Inputs
     card: dict[str, Any]
     parameters: int  # of the base, heads included
+    features: Features | None
 
 
 def train(
@@ -148,16 +151,17 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     _say_trainable(model, reporter, by_budget=recipe.memory.budget is not None)
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
+    features = cache_features(recipe, model, inputs, ready.needs, reporter)
+    opened = _Opened(model, inputs, card, parameters, features)
     if recipe.memory.budget is not None:
-        _keep_within(recipe, model, inputs, recipe.memory.budget, reporter)
-    return _Opened(model, inputs, card, parameters)
+        _keep_within(recipe, opened, recipe.memory.budget, reporter)
+    return opened
 
 
-def _keep_within(
-    recipe: Recipe, model: nn.Module, inputs: Inputs, budget: int, reporter: Reporter
-) -> None:
+def _keep_within(recipe: Recipe, opened: _Opened, budget: int, reporter: Reporter) -> None:
     """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
-    count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
+    model, inputs = opened.model, opened.inputs
+    count = _micro_batch(recipe, opened.features)
     layout = _layout(recipe)
     longest = _longest(inputs.train.examples, count, layout.pack_to)
 
@@ -184,6 +188,13 @@ def _keep_within(
         f"memory: {chosen}the longest micro-batch holds {human_bytes(taken)} of tensors, "
         f"{human_bytes(budget)} are allowed"
     )
+
+
+def _micro_batch(recipe: Recipe, features: Features | None) -> int:
+    """Examples a forward pass, to begin with: all of a step where each is but one cached row."""
+    size = recipe.train.batch_size
+    pooled = features is not None and features.pooled
+    return recipe.memory.micro_batch or (size if pooled else min(size, DEFAULT_MICRO_BATCH))
 
 
 def _longest(examples: Sequence[Example], rows: int, pack_to: int | None) -> list[Example]:
@@ -255,7 +266,9 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
 
     def held_out_metrics(model: nn.Module) -> dict[str, float]:
         assert held_out is not None
-        with reporter.bar("evaluate", len(held_out.examples)) as bar:
+        features = opened.features
+        cached = features.of_held_out() if features else contextlib.nullcontext()
+        with cached, reporter.bar("evaluate", len(held_out.examples)) as bar:
             return evaluate(
                 model,
                 held_out.examples,
@@ -265,13 +278,12 @@ def _make_trainer(recipe: Recipe, opened: _Opened, folder: Path, reporter: Repor
                 progress=bar.advance,
             )
 
-    size = recipe.train.batch_size
     job = Job(
         strategy=recipe.strategy,
         task=opened.inputs.task,
         examples=opened.inputs.train.examples,
         settings=recipe.train,
-        micro_batch=recipe.memory.micro_batch or min(size, DEFAULT_MICRO_BATCH),
+        micro_batch=_micro_batch(recipe, opened.features),
         pad_token_id=pad,
         folder=folder / "checkpoints",
         evaluate=held_out_metrics if held_out is not None else None,
@@ -367,4 +379,6 @@ def _finish(
     )
     for name, value in metrics.items():
         reporter.say(f"eval {name}: {value:.4f}")
+    if opened.features is not None:  # last, when all that must not be lost is written
+        opened.features.close()
     return RunResult(folder, metrics, full, trainer.trained)
