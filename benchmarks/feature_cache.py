@@ -8,9 +8,10 @@ demo rows, the last quarter of its layers trains. The other side is transformers
 same model with the same tensors free, with its defaults (float32) and with the best settings there
 are for it (frozen weights in bfloat16, autocast, batches of like lengths). Both sides get the same
 batches in the same order, the same start, AdamW, and a constant rate; blocks alternate in one
-process. The cache is filled beforehand, which is told apart: it costs one pass of the trunk. The
-losses of the last block must agree to 1 % and be below the first one's. A line a comparison is
-appended to benchmarks/results/feature_cache.jsonl.
+process. A block is an epoch, from its first batch to its last: what a Trainer does once a call does
+not count, on either side. The cache is filled beforehand, which is told apart: it costs one pass of
+the trunk. The losses of the last block must agree to 1 % and be below the first one's. A line a
+comparison is appended to benchmarks/results/feature_cache.jsonl.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 import qft
 from qft import hardware, training
@@ -46,12 +47,28 @@ RESULTS = Path(__file__).parent / "results" / "feature_cache.jsonl"
 Batches = list[list[Example]]
 
 
+class Clock(TrainerCallback):
+    """The time of an epoch."""
+
+    def __init__(self) -> None:
+        self.cpu_seconds = self.seconds = 0.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts it."""
+        self._cpu, self._wall = time.process_time(), time.monotonic()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stops it."""
+        self.cpu_seconds = time.process_time() - self._cpu
+        self.seconds = time.monotonic() - self._wall
+
+
 @dataclass
 class Side:
     """One side: how it runs a block of batches, and what was noted of it."""
 
     name: str
-    run: Callable[[Batches], float]  # the mean loss of the block
+    run: Callable[[Batches, Clock], float]  # the mean loss of the block
     model: nn.Module
     cpu_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -60,10 +77,10 @@ class Side:
     def block(self, batches: Batches) -> None:
         """Runs a block and notes what it took."""
         gc.collect()
-        cpu, wall = time.process_time(), time.monotonic()
-        self.losses.append(self.run(batches))
-        self.cpu_seconds.append(time.process_time() - cpu)
-        self.seconds.append(time.monotonic() - wall)
+        clock = Clock()
+        self.losses.append(self.run(batches, clock))
+        self.cpu_seconds.append(clock.cpu_seconds)
+        self.seconds.append(clock.seconds)
 
 
 def head_recipe(assets: Path, folder: Path) -> dict[str, Any]:
@@ -101,7 +118,7 @@ def layers_recipe(assets: Path, folder: Path) -> dict[str, Any]:
         "model": str(base),
         "task": "instruct",
         "data": {
-            "train": str(assets / "data/instruct/alpaca_en_demo.json"),
+            "train": str(assets / "data/instruct/alpaca_demo/alpaca_en_demo.json"),
             "limit": 64,
             "too_long": "drop",
         },
@@ -118,8 +135,8 @@ RECIPES = {"head": (head_recipe, 20.0), "layers": (layers_recipe, 1.8)}
 def open_side(values: dict[str, Any], cached: bool) -> tuple[Any, Any]:
     """The recipe and what `qft train` opens for it."""
     memory = {**values.get("memory", {}), "feature_cache": "8GiB" if cached else "off"}
-    train = {"epochs": 2, "schedule": "constant", "warmup": 0, "save_every": 10**9, "log_every": 500,
-             "max_grad_norm": 0, **values["train"]}  # fmt: skip
+    constant = {"schedule": "constant", "warmup": 0, "max_grad_norm": 0}
+    train = {"epochs": 2, "save_every": 10**9, "log_every": 500, **constant, **values["train"]}
     recipe = qft.build_recipe({**values, "memory": memory, "train": train})
     set_seed(recipe.train.seed)
     return recipe, training._open(recipe, hardware.choose("cpu", recipe.dtype), QUIET)
@@ -129,9 +146,10 @@ def cached_side(recipe: Any, opened: Any, folder: Path) -> Side:
     """qft's own trainer, its watch and log included, one optimizer for all blocks."""
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 1.0})})
 
-    def run(batches: Batches) -> float:
+    def run(batches: Batches, clock: Clock) -> float:
         trainer = training._make_trainer(recipe, opened, folder, QUIET)
-        trainer.get_train_dataloader = lambda: loader(batches)
+        trainer.get_train_dataloader = lambda: loader(batches)  # type: ignore[method-assign]
+        trainer.add_callback(clock)
         report = training._run(trainer, recipe, None, folder, QUIET)
         return float(report["train_loss"])
 
@@ -150,21 +168,24 @@ def plain_side(recipe: Any, opened: Any, best: bool) -> Side:
         if name in free:
             parameter.data = free[name].detach().float().clone()
     model.train()
+    if best:  # as accelerate does it for bf16=True, which one process can set but once
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
     pad = pad_id(opened.inputs.tokenizer)
     task = opened.inputs.task
     arguments = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), num_train_epochs=1, use_cpu=True, bf16=best, report_to=[],
+        output_dir=tempfile.mkdtemp(), num_train_epochs=1, use_cpu=True, report_to=[],
         per_device_train_batch_size=recipe.train.batch_size, optim="adamw_torch",
         learning_rate=recipe.train.learning_rate, lr_scheduler_type="constant", max_grad_norm=0,
         save_strategy="no", disable_tqdm=True, dataloader_pin_memory=False, log_level="error",
     )  # fmt: skip
 
-    def run(batches: Batches) -> float:
+    def run(batches: Batches, clock: Clock) -> float:
         trainer = Trainer(
             model=model, args=arguments, train_dataset=[e for b in batches for e in b],
-            data_collator=lambda examples: task.collate(examples, pad),
+            data_collator=lambda examples: task.collate(examples, pad), callbacks=[clock],
         )  # fmt: skip
-        trainer.get_train_dataloader = lambda: loader(batches, lambda b: task.collate(b, pad))
+        given = loader(batches, lambda b: task.collate(b, pad))
+        trainer.get_train_dataloader = lambda: given  # type: ignore[method-assign]
         with contextlib.redirect_stdout(None):
             return float(trainer.train().training_loss)
 
@@ -199,7 +220,7 @@ def step_bytes(side: Side, batches: Batches, recipe: Any) -> int:
     trained = [p for p in side.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     with Meter(side.model, optimizer) as meter:
-        side.run(batches[:1])
+        side.run(batches[:1], Clock())
     return int(meter.reading().peak_bytes)
 
 

@@ -89,11 +89,20 @@ class FeatureStore:
         self.root, self.identity, self.rows = root, dict(identity), rows
         self.folder = root / self.key
         self._lock: IO[str] | None = None
+        self._missing: list[int] | None = None  # reading every byte is done once
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there, or not as they were written."""
-        shards = enumerate(self.rows.shards())
-        return [number for number, part in shards if self._problem(number, part) is not None]
+        if self._missing is None:
+            shards = enumerate(self.rows.shards())
+            self._missing = [number for number, part in shards if self._problem(number, part)]
+        return list(self._missing)
+
+    def bytes_missing(self) -> int:
+        """Bytes of the rows that are still to be written."""
+        row, shards = self.rows.width * self.rows.dtype.itemsize, self.rows.shards()
+        parts = [shards[number] for number in self.missing()]
+        return sum(sum(self.rows.lengths[part.start : part.stop]) * row for part in parts)
 
     def lock(self) -> Literal["write", "read", "no"]:
         """Takes hold of the folder, so that no other run writes in it or removes it.
@@ -111,6 +120,8 @@ class FeatureStore:
             if not (self.folder / _IDENTITY).is_file():
                 write_json(self.folder / _IDENTITY, self.identity)
             remove_unfinished(self.folder)
+        else:
+            self._missing = None  # the other may have written since
         os.utime(self.folder / _IDENTITY)  # when it was last of use
         return "write" if alone else "read"
 
@@ -139,6 +150,7 @@ class FeatureStore:
         with new_folder(self._shard(number), overwrite=True) as temporary:
             save_file({_ROWS: rows.contiguous()}, temporary / _FILE, self._marks(number))
             write_manifest(temporary)
+        self._missing = [other for other in self.missing() if other != number]
 
     def open(self) -> FeatureReader:
         """The rows, mapped into memory; every shard must be there."""
@@ -152,7 +164,7 @@ class FeatureStore:
         return self.folder / f"{number:05d}"
 
     def _marks(self, number: int) -> dict[str, str]:
-        return {"key": self.key, "shard": str(number)}
+        return {"shard": f"{self.key}/{number}"}
 
     def _problem(self, number: int, part: range) -> str | None:
         from safetensors import SafetensorError, safe_open

@@ -141,11 +141,11 @@ class Recall:
     def install(self) -> None:
         """From now on the model computes from the stored rows alone."""
         for module, outline in self.cut.others:
-            replace_forward(module, lambda plain, o=outline: _Silent(self, o), again=True)
+            replace_forward(module, _instead(_Silent(self, outline)), again=True)
         for layer in self.cut.layers[:-1]:
-            replace_forward(layer, lambda plain: self._pass_on, again=True)
+            replace_forward(layer, _instead(self._pass_on), again=True)
         if self.cut.head is None:
-            replace_forward(self.cut.layers[-1], lambda plain: self._last_layer, again=True)
+            replace_forward(self.cut.layers[-1], _instead(self._last_layer), again=True)
         else:
             hook = self.cut.head.register_forward_pre_hook(self._before_head, prepend=True)
             self._handles.append(hook)
@@ -210,3 +210,8 @@ class _Silent:
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self.outline.filled(self.recall.moment(), self.recall.device)
+
+
+def _instead(forward: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Takes the place of a plain forward that is not called any more."""
+    return lambda plain: forward

@@ -76,7 +76,7 @@ class Unloaded:
         self._views: list[_View] = []
         self._sizes: list[int] = []
         places: dict[int, int] = {}
-        self._file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
+        self._file: BinaryIO = _nameless_file(folder)
         for tensor in _only_in(model, modules):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in places:
@@ -110,10 +110,9 @@ class Unloaded:
         self._views = []
 
 
-def own_bytes(model: nn.Module, modules: Sequence[nn.Module]) -> int:
-    """Bytes that leave memory with these modules."""
-    storages = [tensor.untyped_storage() for tensor in _only_in(model, modules)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+def _nameless_file(folder: Path) -> BinaryIO:
+    """The system removes it when it is closed, or the process ends."""
+    return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]
 
 
 def _only_in(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor]:
