@@ -119,7 +119,7 @@ def layers_recipe(assets: Path, folder: Path) -> dict[str, Any]:
         "task": "instruct",
         "data": {
             "train": str(assets / "data/instruct/alpaca_demo/alpaca_en_demo.json"),
-            "limit": 64,
+            "limit": 44,
             "too_long": "drop",
         },
         "strategy": {"name": "layers", "last": 8},

@@ -23,6 +23,7 @@ from qft.errors import RecipeError
 from qft.feature_store import FeatureStore, Rows, make_room
 from qft.lean.meter import Meter
 from qft.lean.model_parts import layer_stacks
+from qft.lean.trunk import Unloaded
 from qft.preparation import inner_model
 from qft.progress import Reporter
 from qft.recipe import build_recipe
@@ -705,3 +706,16 @@ def test_the_folder_of_ones_own_choice(base: Any, tmp_path: Path) -> None:
     opened(job).features.close()
     assert (tmp_path / "elsewhere").is_dir()
     assert not (tmp_path / "feature-cache").exists()
+
+
+def test_the_system_gets_the_memory_back(tmp_path: Path) -> None:
+    model = nn.ModuleList([nn.Linear(1024, 1024) for _ in range(12)])
+    wanted = [layer.weight.clone() for layer in model[:10]]
+    before = hardware.resident_bytes()
+    unloaded = Unloaded(model, list(model[:10]), tmp_path)
+    assert unloaded.bytes == 10 * 4 * (1024 * 1024 + 1024)
+    assert before - hardware.resident_bytes() > 0.9 * unloaded.bytes
+    assert not any(tmp_path.iterdir())  # what waits has no name that a kill could leave behind
+    assert model[0].weight.shape == (1024, 1024)
+    unloaded.restore()
+    assert all(torch.equal(a, b.weight) for a, b in zip(wanted, model[:10], strict=True))

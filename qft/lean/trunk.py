@@ -7,6 +7,7 @@ quantizers hang on a weight (scales, code tables) goes the same way.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,7 @@ class Unloaded:
             nothing = torch.zeros((), dtype=view.tensor.dtype, device=view.tensor.device)
             view.tensor.data = nothing.expand(view.shape)
         self.bytes = sum(self._sizes)
+        _give_back()
 
     def restore(self) -> None:
         """Every tensor has its values again, in ordinary memory on its device; once."""
@@ -113,6 +115,13 @@ class Unloaded:
 def _nameless_file(folder: Path) -> BinaryIO:
     """The system removes it when it is closed, or the process ends."""
     return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]
+
+
+def _give_back() -> None:
+    """The C library keeps what was freed for later; here the system is to have it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _only_in(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor]:
