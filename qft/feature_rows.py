@@ -15,7 +15,6 @@ from qft.lean.feature_cache import Cut
 from qft.lean.model_parts import device_of
 from qft.step import announced, is_out_of_memory
 
-_PROBED = 3
 _TOKENS = 2048  # a forward pass, padding included
 
 
@@ -23,15 +22,16 @@ class Runner:
     """A prepared model and how its task makes batches.
 
     Attributes:
-        probe: a few samples, the longest first, not all of the same length if there are such.
+        probe: three samples (or one thrice), the longest first; padded, if any batch can be.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.device = model, device_of(model)
         self._task, self._pad = inputs.task, pad_id(inputs.tokenizer)
         ordered = sorted(inputs.train.examples, key=_length)
-        chosen = [*ordered[len(ordered) // 2 :][: _PROBED - 1], ordered[0]]
-        self.probe: list[Example] = chosen if len(ordered) > 1 else chosen[:1] * 2
+        shortest, middle = ordered[0], ordered[len(ordered) // 2]
+        longer = next((e for e in ordered if _length(e) > _length(shortest)), ordered[-1])
+        self.probe: list[Example] = sorted([shortest, longer, middle], key=_length, reverse=True)
 
     def run(self, examples: Sequence[Example]) -> Any:
         """A forward pass as a training step does it, without gradients."""

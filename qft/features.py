@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from qft.data.tasks import Example
-from qft.errors import QftError, SaveError
+from qft.errors import Interrupted, QftError, SaveError
 from qft.feature_identity import identity_of, store_of, stored_order
 from qft.feature_rows import Runner
 from qft.feature_store import FeatureStore, differences, make_room
@@ -40,9 +40,11 @@ class Features:
     """A model whose trunk is out of memory; it answers for the samples that were cached.
 
     Attributes:
+        place: where the model is cut.
         pooled: a sample is one row: a forward pass may hold many.
     """
 
+    place: str
     pooled: bool
     _recall: Recall
     _unloaded: Unloaded | None
@@ -84,6 +86,10 @@ def cache_features(
 
     Returns:
         None where the cache stays off.
+
+    Raises:
+        Interrupted: Ctrl-C; the shards that are done are kept.
+        QftError: a cache is whole and yet not this model's.
     """
     bound = recipe.memory.feature_cache
     if bound == "off":
@@ -101,6 +107,12 @@ def cache_features(
         reason = f"{error.reason}{hint}"
     except _OffError as error:
         reason = str(error)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped while features were computed; what is done is kept.",
+            where=job.root,
+            fix="the same command goes on",
+        ) from None
     except SaveError as error:
         reason = f"{error.what} {error.found or ''}".strip()
     reporter.say(f"feature cache: off: {reason}")
@@ -118,7 +130,7 @@ class _Job:
         self.clock = state.clock
         self.runner = Runner(model, inputs)
         chosen = recipe.memory.feature_folder
-        beside = Path(recipe.output).absolute().parent / "feature-cache"
+        beside = Path(recipe.output).parent / "feature-cache"
         self.root = Path(chosen).expanduser() if chosen else beside
 
     def cut(self, needs: Needs) -> Cut:
@@ -173,7 +185,9 @@ class _Job:
         freed = f"; {human_bytes(unloaded.bytes)} of weights left memory" if unloaded else ""
         self.reporter.say(f"feature cache: in {self.root}{freed}")
         held = readers[1] if held_out else None
-        return Features(cut.pooled, recall, unloaded, readers[0], held, list(by_key.values()))
+        return Features(
+            cut.name, cut.pooled, recall, unloaded, readers[0], held, list(by_key.values())
+        )
 
     def _require_room(self, cut: Cut, stores: Sequence[FeatureStore], bound: int) -> None:
         """Takes the folders, and makes sure of the room before anything is computed.
@@ -193,7 +207,7 @@ class _Job:
             raise _OffError("the data is passed over only once")
         new = [store for store in stores if not store.folder.is_dir()]
         changed = differences(self.root, new[0].identity) if new else []
-        if changed:
+        if changed and not {"model", "data"} <= set(changed):  # else it is simply another job's
             self.reporter.say(f"feature cache: made anew, another {' and '.join(changed)} than "
                               "what is there was made with")  # fmt: skip
         others = make_room(self.root, size, bound, [store.key for store in stores])
@@ -251,7 +265,8 @@ class _Job:
         finally:
             recall.remove()
         if not torch.isclose(found.float(), wanted.float(), rtol=_tolerance(cut.dtype)):
-            raise _OffError("what lies above needs more than the hidden states there")
+            raise _OffError("what lies above needs more than the hidden states there, such as "
+                            "those of padding")  # fmt: skip
 
     def _require_same_rows(self, cut: Cut, read: Read) -> None:
         """What was stored must be what the model computes now.

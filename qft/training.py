@@ -369,6 +369,7 @@ def _finish(
         "parameters": opened.parameters,
         "trained_parameters": _count_trained(trainer.trained),
         "versions": hardware.versions(),
+        "feature_cache": opened.features.place if opened.features else None,
         "training": report,
         "metrics": metrics,
     }

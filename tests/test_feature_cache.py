@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import qft
 from qft import features, hardware, training
 from qft.data.tasks import pad_id
-from qft.errors import RecipeError
+from qft.errors import Interrupted, RecipeError
 from qft.feature_store import FeatureStore, Rows, make_room
 from qft.lean.meter import Meter
 from qft.lean.model_parts import layer_stacks
@@ -36,6 +36,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "classify": [{"text": "good " * (i % 5 + 1), "label": "abaa"[i % 4]} for i in range(12)],
     "instruct": [{"prompt": f"say {i} " * (i % 3 + 1), "completion": f"it is {i}"}
                  for i in range(12)],
+    "extract": [{"question": "where", "context": "the cat sat on the mat " * (i % 3 + 1),
+                 "answers": {"text": ["the mat"], "answer_start": [15]}} for i in range(9)],
+    "token": [{"tokens": ["the", "cat"] * (i % 3 + 1), "tags": ["O", "B-X"] * (i % 3 + 1)}
+              for i in range(9)],
     "seq2seq": [{"source": f"say {i} " * (i % 3 + 1), "target": f"it is {i}"} for i in range(12)],
 }  # fmt: skip
 
@@ -77,6 +81,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             vocab_size=260, n_embd=32, n_layer=3, n_head=4, n_positions=130, bos_token_id=1,
             eos_token_id=2, pad_token_id=0)),
         "bert": lambda: hub.BertModel(hub.BertConfig(**SMALL)),
+        "dropping-head": lambda: hub.BertModel(hub.BertConfig(
+            **SMALL, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+            classifier_dropout=0.2)),
         "roberta": lambda: hub.RobertaModel(hub.RobertaConfig(**SMALL)),
         "t5": lambda: hub.T5ForConditionalGeneration(hub.T5Config(
             vocab_size=260, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4,
@@ -105,8 +112,7 @@ def values(
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[task]), encoding="utf-8")
     train = {"epochs": 2, "batch_size": 4, "learning_rate": 0.01, "max_length": 64, "dropout": 0,
              **changes.pop("train", {})}  # fmt: skip
-    if any(name in model.name for name in ("llama", "qwen2", "t5")) and "train" not in changes:
-        train.pop("dropout") if "t5" not in model.name else None
+    train = {name: value for name, value in train.items() if value is not None}
     return {
         "model": str(model), "task": task, "data": {"train": str(rows), **changes.pop("data", {})},
         "strategy": strategy, "dtype": "float32", "device": "cpu", "train": train,
@@ -153,11 +159,14 @@ CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
      "behind model.layers.1"),
     ("llama", "classify", {"name": "head"}, {}, "before score"),
     ("qwen2", "instruct", LAST, {}, "behind model.layers.1"),
-    ("gpt2", "instruct", LAST, {"dropout": 0}, "behind transformer.h.1"),
-    ("bert", "classify", {"name": "head"}, {"dropout": 0}, "before classifier"),
-    ("bert", "classify", LAST, {"dropout": 0}, "behind bert.encoder.layer.1"),
-    ("roberta", "classify", {"name": "head"}, {"dropout": 0}, "before classifier"),
-    ("roberta", "classify", LAST, {"dropout": 0}, "behind roberta.encoder.layer.1"),
+    ("gpt2", "instruct", LAST, {}, "behind transformer.h.1"),
+    ("bert", "classify", {"name": "head"}, {}, "before classifier"),
+    ("bert", "classify", LAST, {}, "behind bert.encoder.layer.1"),
+    ("bert", "token", {"name": "head"}, {}, "before classifier"),
+    ("dropping-head", "classify", {"name": "head"}, {"dropout": None},
+     "behind bert.encoder.layer.2"),
+    ("roberta", "classify", {"name": "head"}, {}, "before classifier"),
+    ("roberta", "classify", LAST, {}, "behind roberta.encoder.layer.1"),
     ("t5", "seq2seq", LAST, {}, "behind encoder.block.2"),
 ]  # fmt: skip
 
@@ -203,8 +212,7 @@ def test_bfloat16_is_bit_equal_without_padding_and_close_with_it(
         for i in range(8)
     ]
     rows.write_text("".join(json.dumps(row) + "\n" for row in same_length), encoding="utf-8")
-    train = {} if kind == "llama" else {"dropout": 0}
-    job = values(tmp_path, base(kind), task, strategy, dtype="bfloat16", train=train)
+    job = values(tmp_path, base(kind), task, strategy, dtype="bfloat16")
     live, cached = opened(job, "off"), opened(job)
     assert cached.features is not None
     for _ in range(2):
@@ -213,14 +221,14 @@ def test_bfloat16_is_bit_equal_without_padding_and_close_with_it(
         assert loss == again
         assert all(torch.equal(grads[name], same[name]) for name in grads)
     rows.unlink()
-    job = values(tmp_path, base(kind), task, strategy, dtype="bfloat16", train=train)
+    job = values(tmp_path, base(kind), task, strategy, dtype="bfloat16")
     live, cached = opened(job, "off"), opened(job)
     noise = distance(gradients(live, job, 8)[1], gradients(live, job, 1)[1])
     assert distance(gradients(live, job, 8)[1], gradients(cached, job, 8)[1]) < 4 * noise
 
 
 def test_no_module_below_the_cut_runs(base: Any, tmp_path: Path) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     found = opened(job)
     inner = inner_model(found.model)
     ran: list[str] = []
@@ -233,7 +241,7 @@ def test_no_module_below_the_cut_runs(base: Any, tmp_path: Path) -> None:
 
 
 def test_rows_nobody_announced_are_refused(base: Any, tmp_path: Path) -> None:
-    found = opened(values(tmp_path, base("llama"), "instruct", LAST, train={}))
+    found = opened(values(tmp_path, base("llama"), "instruct", LAST))
     with pytest.raises(RuntimeError, match="cached features"):
         found.model(input_ids=torch.tensor([[5, 6, 7]]))
 
@@ -249,7 +257,7 @@ def live_weights(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("quantize", ["none", "nf4", "int8"])
 def test_the_trunk_leaves_memory_and_comes_back(base: Any, tmp_path: Path, quantize: str) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, quantize=quantize, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST, quantize=quantize)
     live, cached = opened(job, "off"), opened(job)
     inner = inner_model(live.model)
     layers = next(iter(layer_stacks(inner).values()))
@@ -269,6 +277,21 @@ def test_the_trunk_leaves_memory_and_comes_back(base: Any, tmp_path: Path, quant
     assert all(torch.equal(there[name], back[name]) for name in there)
 
 
+def test_the_engine_comes_out_as_it_went_in(base: Any, tmp_path: Path) -> None:
+    """Embeddings on the host have a forward of their own below the cut's."""
+    job = values(tmp_path, base("qwen2"), "instruct", LAST)
+    job["memory"] = {"savers": {"host_embeddings": True}}
+    live, cached = opened(job, "off"), opened(job)
+    loss = gradients(live, job, 4)[0]
+    assert abs(gradients(cached, job, 4)[0] - loss) < 1e-6 * loss
+    cached.features.close()
+    assert gradients(cached, job, 4)[0] == loss
+    qft.unprepare(cached.model)
+    for name, module in cached.model.named_modules():
+        assert "_qft_plain_forward" not in module.__dict__, name
+        assert not module._forward_pre_hooks or "head" in name, name
+
+
 # --- whole trainings
 
 
@@ -279,7 +302,7 @@ def run(job: dict[str, Any], cache: Any = "auto", told: Reporter | None = None, 
 
 @pytest.mark.parametrize(("kind", "task", "strategy", "train"), [
     ("llama", "instruct", LAST, {"batch_size": 5}),
-    ("bert", "classify", {"name": "head"}, {"dropout": 0, "batch_size": 5}),
+    ("bert", "classify", {"name": "head"}, {"batch_size": 5}),
 ])  # fmt: skip
 def test_a_training_ends_where_it_ends_without(
     base: Any, tmp_path: Path, kind: str, task: str, strategy: Any, train: Any
@@ -293,6 +316,8 @@ def test_a_training_ends_where_it_ends_without(
     told = Told()
     result = run(job, "auto", told)
     assert "weights left memory" in told.about()
+    assert result.report["feature_cache"]
+    assert without.report["feature_cache"] is None
     assert result.metrics.keys() == without.metrics.keys()
     assert all(abs(v - without.metrics[k]) < 1e-4 * abs(v) + 1e-6
                for k, v in result.metrics.items())  # fmt: skip
@@ -331,7 +356,7 @@ def test_a_resumed_run_ends_byte_equal_and_reads_the_same_cache(base: Any, tmp_p
 def test_another_run_reads_what_the_first_one_stored(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     run(job)
     monkeypatch.setattr(FeatureStore, "write", None)  # nothing is written any more
     other = {**job, "output": str(tmp_path / "other"), "strategy": {"name": "lora", "layers": [2]}}
@@ -344,7 +369,7 @@ def test_another_run_reads_what_the_first_one_stored(
 
 def test_augmented_copies_are_drawn_once_and_cached(base: Any, tmp_path: Path) -> None:
     job = values(tmp_path, base("bert"), "classify", {"name": "head"},
-                 data={"augment": {"copies": 2}}, train={"dropout": 0})  # fmt: skip
+                 data={"augment": {"copies": 2}})  # fmt: skip
     told = Told()
     run(job, told=told)
     assert "36 rows" in told.about()
@@ -409,7 +434,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.mark.parametrize("what", list(CHANGES))
 def test_what_has_changed_is_made_anew(base: Any, tmp_path: Path, what: str) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     opened(job).features.close()
     before = shards(tmp_path)
     CHANGES[what](job, tmp_path)
@@ -459,7 +484,7 @@ def of_another(path: Path) -> None:
 def test_a_damaged_part_is_made_anew(
     base: Any, tmp_path: Path, small_shards: None, damage: Any
 ) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     opened(job).features.close()
     before = shards(tmp_path)
     assert len(before) >= 3
@@ -475,7 +500,7 @@ def test_killed_while_it_is_written(
     base: Any, tmp_path: Path, small_shards: None, count: int
 ) -> None:
     """In a process of its own, which ends at the k-th file operation in the cache's folder."""
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     child = os.fork()
     if child == 0:
         left = [count]
@@ -495,7 +520,7 @@ def test_killed_while_it_is_written(
     found = opened(job)
     loss = gradients(opened(job, "off"), job, 4)[0]
     assert abs(gradients(found, job, 4)[0] - loss) < 1e-6 * loss
-    apart = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    apart = values(tmp_path, base("llama"), "instruct", LAST)
     apart["output"] = str(tmp_path / "apart" / "run")
     opened(apart)
     assert shards(tmp_path) == shards(tmp_path / "apart")
@@ -505,7 +530,7 @@ def test_killed_while_it_is_written(
 def test_ctrl_c_keeps_what_is_done(
     base: Any, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     plain = FeatureStore.write
 
     def stop(self: FeatureStore, number: int, rows: Tensor) -> None:
@@ -514,7 +539,7 @@ def test_ctrl_c_keeps_what_is_done(
         plain(self, number, rows)
 
     monkeypatch.setattr(FeatureStore, "write", stop)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="what is done is kept"):
         run(job)
     assert not (tmp_path / "run").exists()
     monkeypatch.undo()
@@ -528,7 +553,7 @@ def test_a_cache_that_is_not_the_models_is_refused(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Even where every hash is right: the rows are compared with the model's own."""
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     plain = FeatureStore.write
     monkeypatch.setattr(FeatureStore, "write", lambda s, n, rows: plain(s, n, rows + 1))
     with pytest.raises(qft.QftError, match="does not hold what the model computes"):
@@ -557,6 +582,9 @@ def off(job: dict[str, Any], cache: Any = "auto") -> str:
     ("llama", "instruct", {"name": "prompt", "length": 4}, {}, "1GiB", "enters below"),
     ("llama", "instruct", {"name": "prefix", "length": 4}, {}, "1GiB", "below|lowest"),
     ("llama", "instruct", {"name": "adalora"}, {}, "1GiB", "lowest layer trains"),
+    # its loss is over every position, padding too
+    ("bert", "extract", {"name": "head"}, {"train": {"max_length": 128}}, "auto", "padding"),
+    ("t5", "seq2seq", {"name": "lora", "layers": [1, 2]}, {}, "auto", "needs more"),
     ("llama", "instruct", {"name": "lora"}, {}, "auto", "^$"),  # no news
     ("llama", "instruct", LAST, {}, "off", "^$"),
 ])  # fmt: skip
@@ -566,10 +594,7 @@ def test_it_stays_off_and_says_why(
 ) -> None:  # fmt: skip
     import re
 
-    train = {k: v for k, v in changes.get("train", {}).items() if v is not None}
-    job = values(tmp_path, base(kind), task, strategy, train=train)
-    if changes.get("train", {}).get("dropout", 0) is None or kind == "llama":
-        job["train"].pop("dropout", None)
+    job = values(tmp_path, base(kind), task, strategy, train=changes.get("train", {}))
     said = off(job, cache)
     assert re.search(reason, said.splitlines()[-1] if said else ""), said
     assert not shards(tmp_path)
@@ -578,7 +603,7 @@ def test_it_stays_off_and_says_why(
 def test_a_full_disk_is_seen_before_anything_is_computed(
     base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     monkeypatch.setattr(features, "free_disk_bytes", lambda path: 1000)
     assert "1000 B are free" in off(job)
     assert not shards(tmp_path)
@@ -590,7 +615,7 @@ def test_a_disk_that_fills_up_meanwhile_stops_no_training(
     def full(*arguments: Any, **named: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     monkeypatch.setattr("safetensors.torch.save_file", full)
     assert "disk is full" in off(job)
     monkeypatch.undo()
@@ -601,7 +626,7 @@ def test_a_disk_that_fills_up_meanwhile_stops_no_training(
 
 def test_a_folder_that_cannot_be_written_stops_no_training(base: Any, tmp_path: Path) -> None:
     (tmp_path / "feature-cache").write_text("a file", encoding="utf-8")
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     assert "cannot be written" in off(job)
 
 
@@ -611,7 +636,7 @@ def test_without_room_for_it_the_trunk_stays_in_memory(
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     monkeypatch.setattr("qft.lean.trunk._write", full)
     told = Told()
     found = opened(job, "auto", told)
@@ -701,7 +726,7 @@ def test_a_knob_that_says_nothing_is_refused(given: Any) -> None:
 
 
 def test_the_folder_of_ones_own_choice(base: Any, tmp_path: Path) -> None:
-    job = values(tmp_path, base("llama"), "instruct", LAST, train={})
+    job = values(tmp_path, base("llama"), "instruct", LAST)
     job["memory"] = {"feature_folder": str(tmp_path / "elsewhere")}
     opened(job).features.close()
     assert (tmp_path / "elsewhere").is_dir()
