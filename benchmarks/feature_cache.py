@@ -1,10 +1,11 @@
 """The feature cache beside a plain Trainer: an epoch after the first, in seconds and bytes.
 
-    python benchmarks/feature_cache.py ASSETS [--only head layers] [--blocks 5]
+    python benchmarks/feature_cache.py ASSETS [--only head layers encoder] [--blocks 5]
 
-Two trainings in which most of the model is frozen. `head`: the MiniLM sentence encoder on SST-2,
+Three trainings in which most of the model is frozen. `head`: the MiniLM sentence encoder on SST-2,
 its head alone trains. `layers`: a decoder of SmolLM2-135M's shape with random weights on Alpaca's
-demo rows, the last quarter of its layers trains. The other side is transformers' own Trainer on the
+demo rows, the last 8 of its 30 layers train, and both sides also compute its vocabulary. `encoder`:
+BERT-base's shape with random weights on SST-2, the last quarter of its layers trains. The other side is transformers' own Trainer on the
 same model with the same tensors free, with its defaults (float32) and with the best settings there
 are for it (frozen weights in bfloat16, autocast, batches of like lengths). Both sides get the same
 batches in the same order, the same start, AdamW, and a constant rate; blocks alternate in one
@@ -129,7 +130,32 @@ def layers_recipe(assets: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-RECIPES = {"head": (head_recipe, 20.0), "layers": (layers_recipe, 1.8)}
+def encoder_recipe(assets: Path, folder: Path) -> dict[str, Any]:
+    """BERT-base's shape on SST-2, of 12 layers the last 3."""
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    values = head_recipe(assets, folder)
+    base = folder / "base"
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(values["model"])
+    BertModel(BertConfig(vocab_size=len(tokenizer))).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    return {
+        **values,
+        "model": str(base),
+        "data": {**values["data"], "limit": 128},
+        "pooling": "mean",
+        "strategy": {"name": "layers", "last": 3},
+        "memory": {"checkpointing": "none", "micro_batch": 32},
+        "train": {**values["train"], "learning_rate": 5e-5},
+    }
+
+
+RECIPES = {
+    "head": (head_recipe, 20.0),
+    "layers": (layers_recipe, 1.8),
+    "encoder": (encoder_recipe, 1.8),
+}
 
 
 def open_side(values: dict[str, Any], cached: bool) -> tuple[Any, Any]:
