@@ -16,7 +16,7 @@ from qft.judging.spans import SpanJudge
 from qft.judging.tags import TagJudge
 from qft.judging.tokens import TokenJudge
 from qft.lean.model_parts import device_of
-from qft.step import is_out_of_memory
+from qft.step import announced, is_out_of_memory
 
 if TYPE_CHECKING:
     from qft.data.examples import Example, Task
@@ -81,7 +81,8 @@ def evaluate(
             part = ordered[start : start + micro_batch]
             try:
                 batch = task.collate(part, pad_token_id)
-                scores = judge.score(model, {k: v.to(device) for k, v in batch.items()}, part)
+                with announced(model, part, batch):
+                    scores = judge.score(model, {k: v.to(device) for k, v in batch.items()}, part)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from qft.errors import QftError
+from qft.lean.trunk import has_left
 from qft.progress import QUIET, Reporter
 
 _SAMPLED = 256  # values of each frozen tensor that are compared
@@ -113,7 +114,8 @@ def _kind(name: str) -> str:
 
 
 def _frozen(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, p.data) for name, p in model.named_parameters() if not p.requires_grad]
+    named = model.named_parameters()
+    return [(n, p.data) for n, p in named if not p.requires_grad and not has_left(p)]
 
 
 def _sample(tensor: Tensor) -> Tensor:

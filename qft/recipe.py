@@ -151,6 +151,18 @@ def _as_bytes(value: Any) -> Any:
     raise ValueError("not a size: 8GiB, 512MiB or a number of bytes")
 
 
+def _as_bound(value: Any) -> Any:
+    """``auto``, ``off`` or a size; YAML reads a bare ``off`` as false."""
+    if value in ("auto", "off"):
+        return value
+    if value is False:
+        return "off"
+    try:
+        return _as_bytes("no size" if value is True else value)
+    except ValueError:
+        raise ValueError("auto, off or a size: 8GiB, 512MiB or a number of bytes") from None
+
+
 class SaverSwitches(Settings):
     """The parts of the lean engine, each of which can be switched off."""
 
@@ -186,7 +198,20 @@ class Memory(Settings):
     )
     savers: SaverSwitches = Field(default_factory=SaverSwitches, description="the engine's parts")
     micro_batch: int | None = Field(
-        None, ge=1, description="examples a forward pass; else min(batch_size, 4)"
+        None,
+        ge=1,
+        description="examples a forward pass; else min(batch_size, 4), or all with a cached row "
+        "a sample",
+    )
+    feature_cache: Annotated[Literal["auto", "off"] | int, BeforeValidator(_as_bound)] = Field(
+        "auto",
+        description="what lies below all that trains is run once, and its output kept on disk for "
+        "the later passes, at most so much: 8GiB; auto is 4GiB, with more than one pass to come",
+    )
+    feature_folder: str | None = Field(
+        None,
+        description="where that output is kept for other runs too; else feature-cache beside "
+        "the run folder",
     )
 
 

@@ -187,7 +187,7 @@ def _attempt(
     try:
         for number, part in enumerate(parts):
             if state is not None:
-                _announce(state.clock, step, part.rows, part.batch, layout)
+                announce(state.clock, step, part.rows, part.batch, layout)
             inputs = {name: value.to(device) for name, value in part.batch.items()}
             with _unsynchronised(model, share, number < len(parts) - 1):
                 output = model(**inputs, **extra)
@@ -278,19 +278,35 @@ def _collate(
     return task.collate([example for row in rows for example in row], pad_token_id)
 
 
-def _announce(
+def announce(
     clock: DropoutClock,
     step: int,
     rows: Sequence[Row],
     batch: Mapping[str, Tensor],
     layout: Layout,
 ) -> None:
-    """Tells the dropout which samples the forward pass holds."""
+    """Tells dropout and cached features which samples the forward pass holds."""
     width = int(batch["input_ids"].shape[1])
     sizes = [[(e.index, len(e.inputs["input_ids"])) for e in row] for row in rows]
     samples, lengths = zip(*(pair for row in sizes for pair in row), strict=True)
     packed = sizes if layout.shares_rows else ()
     clock.set(step, samples, lengths, *target_lengths(batch), width=width, packed=packed)
+
+
+@contextlib.contextmanager
+def announced(
+    model: nn.Module, examples: Sequence[Example], batch: Mapping[str, Tensor], step: int = 0
+) -> Iterator[None]:
+    """Within it, a prepared model knows that the batch holds these samples, one a row."""
+    state = prepared(model)
+    if state is None:
+        yield
+        return
+    announce(state.clock, step, [[example] for example in examples], batch, LOOSE)
+    try:
+        yield
+    finally:
+        state.clock.clear()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shlex
@@ -22,6 +23,7 @@ from qft.data.packing import PACKABLE
 from qft.data.tasks import Example, ExampleSet, pad_id
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
+from qft.features import Features, cache_features
 from qft.files import new_folder, require_apart, write_json
 from qft.inputs import Inputs, open_inputs, require_possible
 from qft.lean.checkpointing import checkpointed_layers
@@ -67,6 +69,7 @@ class _Opened:
     card: dict[str, Any]
     parameters: int  # of the base, heads included
     layout: Layout
+    features: Features | None
 
 
 def train(
@@ -151,23 +154,19 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     _say_trainable(model, reporter, chosen=recipe.memory.checkpointing != "auto")
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
+    features = cache_features(recipe, model, inputs, ready.needs, reporter)
+    opened = _Opened(model, inputs, card, parameters, layout, features)
     if recipe.memory.budget is not None:
-        _keep_within(recipe, model, inputs, layout, recipe.memory.budget, reporter)
+        _keep_within(recipe, opened, recipe.memory.budget, reporter)
     elif recipe.memory.checkpointing == "auto" and _recomputes(model):
-        _keep_if_roomy(recipe, model, inputs, layout, reporter)
-    return _Opened(model, inputs, card, parameters, layout)
+        _keep_if_roomy(recipe, opened, reporter)
+    return opened
 
 
-def _keep_within(
-    recipe: Recipe,
-    model: nn.Module,
-    inputs: Inputs,
-    layout: Layout,
-    budget: int,
-    reporter: Reporter,
-) -> None:
+def _keep_within(recipe: Recipe, opened: _Opened, budget: int, reporter: Reporter) -> None:
     """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
-    count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
+    model, inputs, layout = opened.model, opened.inputs, opened.layout
+    count = _micro_batch(recipe, opened.features)
     longest = _longest(inputs.train.examples, count, layout.pack_to)
 
     step = _trial(recipe, model, inputs, layout, longest, count)
@@ -184,23 +183,21 @@ def _keep_within(
     )
 
 
-def _keep_if_roomy(
-    recipe: Recipe, model: nn.Module, inputs: Inputs, layout: Layout, reporter: Reporter
-) -> None:
+def _keep_if_roomy(recipe: Recipe, opened: _Opened, reporter: Reporter) -> None:
     """Without a budget, checkpointing `auto` recomputes only where memory could become scarce."""
-    count = recipe.memory.micro_batch or min(recipe.train.batch_size, DEFAULT_MICRO_BATCH)
+    model, inputs, layout = opened.model, opened.inputs, opened.layout
+    count = _micro_batch(recipe, opened.features)
     ordered = sorted(inputs.train.examples, key=lambda e: len(e.inputs["input_ids"]))
     ordinary = ordered[len(ordered) // 2]
     longest = _longest(ordered, count, layout.pack_to)
     most = max(len(e.inputs["input_ids"]) for e in longest) * count
     if layout.shares_rows:
         most = sum(len(e.inputs["input_ids"]) for e in longest)
-    device = device_of(model).type
     taken = keep_if_roomy(
         model,
         _trial(recipe, model, inputs, layout, [ordinary], 1),
         most / len(ordinary.inputs["input_ids"]),
-        hardware.free_memory_bytes(device),
+        hardware.free_memory_bytes(device_of(model).type),
         recipe.train.optimizer,
     )
     if taken is None:
@@ -231,6 +228,13 @@ def _trial(
         loss=_loss(recipe, inputs.train),
         layout=layout,
     )
+
+
+def _micro_batch(recipe: Recipe, features: Features | None) -> int:
+    """Examples a forward pass, to begin with: all of a step where each is but one cached row."""
+    size = recipe.train.batch_size
+    pooled = features is not None and features.pooled
+    return recipe.memory.micro_batch or (size if pooled else min(size, DEFAULT_MICRO_BATCH))
 
 
 def _longest(examples: Sequence[Example], rows: int, pack_to: int | None) -> list[Example]:
@@ -316,14 +320,16 @@ def _make_trainer(
     opened: _Opened,
     folder: Path,
     reporter: Reporter,
-    callbacks: Sequence[TrainerCallback],
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> StepTrainer:
     pad = pad_id(opened.inputs.tokenizer)
     held_out = opened.inputs.held_out
 
     def held_out_metrics(model: nn.Module) -> dict[str, float]:
         assert held_out is not None
-        with reporter.bar("evaluate", len(held_out.examples)) as bar:
+        features = opened.features
+        cached = features.of_held_out() if features else contextlib.nullcontext()
+        with cached, reporter.bar("evaluate", len(held_out.examples)) as bar:
             return evaluate(
                 model,
                 held_out.examples,
@@ -333,13 +339,12 @@ def _make_trainer(
                 progress=bar.advance,
             )
 
-    size = recipe.train.batch_size
     job = Job(
         strategy=recipe.strategy,
         task=opened.inputs.task,
         examples=opened.inputs.train.examples,
         settings=recipe.train,
-        micro_batch=recipe.memory.micro_batch or min(size, DEFAULT_MICRO_BATCH),
+        micro_batch=_micro_batch(recipe, opened.features),
         pad_token_id=pad,
         folder=folder / "checkpoints",
         evaluate=held_out_metrics if held_out is not None else None,
@@ -425,6 +430,7 @@ def _finish(
         "parameters": opened.parameters,
         "trained_parameters": _count_trained(trainer.trained),
         "versions": hardware.versions(),
+        "feature_cache": opened.features.place if opened.features else None,
         "training": report,
         "metrics": metrics,
     }
@@ -435,4 +441,6 @@ def _finish(
     )
     for name, value in metrics.items():
         reporter.say(f"eval {name}: {value:.4f}")
+    if opened.features is not None:  # last, when all that must not be lost is written
+        opened.features.close()
     return RunResult(folder, metrics, full, trainer.trained)

@@ -147,7 +147,7 @@ def samples_of(batch: dict[str, Tensor]) -> Iterator[Sample]:
         if mask is not None and mask.dim() == 2:
             kept = mask[row].bool()
         starts = [0]
-        if mask is None and places is not None:
+        if places is not None and kept.all():
             starts = (places[row] == 0).nonzero().flatten().tolist()
         tokens, wanted = ids[row][kept].tolist(), labels[row][kept].tolist()
         for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):

@@ -48,9 +48,6 @@ SIDES = {
             {"UNSLOTH_CPU_COMPILE": "1"},
         ),
         Side("qft", "qft"),
-        Side(
-            "qft-best", "qft", {"recipe": {"memory": {"checkpointing": "none", "micro_batch": 1}}}
-        ),
     )
 }
 

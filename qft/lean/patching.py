@@ -38,24 +38,32 @@ def plain_forward(module: nn.Module) -> Callable[..., Any]:
     return PlainForward(module) if own is None else own
 
 
-def replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Any]) -> None:
-    """Sets ``module.forward`` to ``make(the forward it had)``; once a module.
+def replace_forward(
+    module: nn.Module, make: Callable[[Callable[..., Any]], Any], *, again: bool = False
+) -> None:
+    """Sets ``module.forward`` to ``make(the forward it had)``.
 
     What was set on the instance before (by another library, or by a strategy) is what is called
     through, and what comes back.
+
+    Args:
+        again: it may have been replaced already; each replacement is undone by itself.
     """
-    if _PLAIN in module.__dict__:
+    if _PLAIN in module.__dict__ and not again:
         raise RuntimeError("this module's forward is replaced already")
     plain = plain_forward(module)
-    module.__dict__[_PLAIN] = module.__dict__.get("forward")
+    formers: list[Any] = module.__dict__.setdefault(_PLAIN, [])
+    formers.append(module.__dict__.get("forward"))
     module.forward = make(plain)
 
 
 def restore_forward(module: nn.Module) -> None:
-    """Undoes `replace_forward`; nothing happens to a module that was not replaced."""
+    """Undoes the last `replace_forward`; nothing happens to a module that was not replaced."""
     if _PLAIN not in module.__dict__:
         return
-    own = module.__dict__.pop(_PLAIN)
+    own = module.__dict__[_PLAIN].pop()
+    if not module.__dict__[_PLAIN]:
+        del module.__dict__[_PLAIN]
     del module.__dict__["forward"]
     if own is not None:
         module.forward = own
