@@ -283,6 +283,13 @@ OPTIMIZERS = {
 }
 
 
+def _optimizer(settings: Train, device: torch.device) -> str:
+    """The Trainer's name; on a CPU the fused AdamW takes a quarter of the other one's time."""
+    if settings.optimizer == "adamw" and device.type == "cpu":
+        return "adamw_torch_fused"
+    return OPTIMIZERS[settings.optimizer][0]
+
+
 def schedule_factor(step: int, settings: Train, total: int) -> float:
     """Learning rate at ``step`` (from 0) over its peak: warm-up, then the recipe's schedule."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total
@@ -321,7 +328,7 @@ def training_arguments(job: Job, steps_an_epoch: int, device: torch.device) -> T
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        optim=OPTIMIZERS[settings.optimizer][0],
+        optim=_optimizer(settings, device),
         optim_args=OPTIMIZERS[settings.optimizer][1],
         eval_strategy=every[settings.eval_every is not None] if job.evaluate else "no",
         eval_steps=settings.eval_every,

@@ -195,3 +195,12 @@ def test_it_is_taken_out_again_and_an_own_choice_is_left():
     prepare(model)
     assert model.config._attn_implementation == "eager"
     assert not prepared(model).engine.flat  # type: ignore[union-attr]
+
+
+def test_under_autocast_it_computes_as_without():
+    tensors = inputs((4, 2), 40, torch.bfloat16)
+    visible = Visible([0, 25, 40], True)
+    wanted = gradients(attention(*tensors, 0.3, visible), tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(attention(*tensors, 0.3, visible), tensors)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
