@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 CONSTRAINTS := constraints.txt
 JOBS ?= 2
 OLDEST := $(addprefix tests/,contract test_gradients.py test_lora.py test_head.py test_models.py \
-	test_resume.py test_engine.py test_other_loops.py test_several_processes.py)
+	test_resume.py test_engine.py test_attention.py test_other_loops.py test_several_processes.py)
 
 .PHONY: demo test test-slow test-oldest bench check format clean
 
