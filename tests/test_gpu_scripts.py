@@ -81,7 +81,7 @@ print("qft:", sorted(name for name in sys.modules if name.startswith(("qft", "ad
     assert done.returncode == 0, done.stderr
     opened, loaded = done.stdout.strip().splitlines()
     assert "reason" not in opened
-    allowed = {"qft", "qft.bench", "qft.errors"}
+    allowed = {"qft", "qft.attention_interface", "qft.bench", "qft.errors"}
     found = set(ast.literal_eval(loaded.removeprefix("qft: ")))
     assert {name for name in found - allowed if not name.startswith(ENGINE)} == set()
 

@@ -155,7 +155,7 @@ def test_the_table_takes_the_last_run_and_says_what_is_missing(tmp_path):
         row("plain-best", 150, run="new"), missing, row("qft", 300, run="new"),
     ])  # fmt: skip
     block = redraw.readme_block(redraw.ENGLISH, tmp_path)
-    assert "| 100 / 150 | – | – | 300 / – | 2.00 |" in block
+    assert "| 100 / 150 | – | – | 300 / – | 3.00 / – / 2.00 |" in block
     assert "999" not in block
     assert "no GPU was at hand" in block
     assert "cannot run here: no compiler" in redraw.details(tmp_path)
