@@ -37,7 +37,7 @@ _PLACES = """
     budget task_loss step checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
-    packing_check held_out feature_store feature_identity feature_rows features
+    packing_check held_out shard_store feature_store feature_identity feature_rows features
     merging.side_files merging.tensors merging.merge
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
