@@ -192,12 +192,23 @@ def rows_moved(path: Path) -> None:
     write_manifest(path.parent)
 
 
-@pytest.mark.parametrize("damage", [
-    flip, lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    lambda path: path.write_bytes(b""), lambda path: path.unlink(), lambda path: (path.parent / "manifest.json").unlink(),
-    lambda path: (path.parent / "manifest.json").write_text("[]"), of_another_shard,
-    of_another_teacher, rows_moved,
-])  # fmt: skip
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def unsigned(path: Path) -> None:
+    (path.parent / "manifest.json").unlink()
+
+
+def badly_signed(path: Path) -> None:
+    (path.parent / "manifest.json").write_text("[]", encoding="utf-8")
+
+
+DAMAGES = [flip, cut_off, Path.unlink, unsigned, badly_signed, of_another_shard,
+           of_another_teacher, rows_moved]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_made_anew_and_no_other(tmp_path: Path, damage: Any) -> None:
     fill(store(tmp_path))
     before = contents(store(tmp_path).folder)

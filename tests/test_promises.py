@@ -36,7 +36,7 @@ _PLACES = """
     distillation.bit_packing distillation.likeliest distillation.drawing
     distillation.lesson_coding distillation.lesson_store
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
-    budget task_loss step checkpoints run_folder first_step trainer run_watch
+    budget task_loss step token_batches checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out feature_store feature_identity feature_rows features
