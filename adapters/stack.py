@@ -36,6 +36,9 @@ class Stack(Strategy):
             raise ValueError(f"{' and '.join(wrapping)} both wrap the model; only one of them may")
         if "stack" in names:
             raise ValueError("a stack holds no stack")
+        if any(part.objective.kind != "task" for part in self.of):
+            raise ValueError("a teacher is the whole stack's: {name: distill, student: "
+                             "{name: stack, of: […]}}")  # fmt: skip
         return self
 
     @property

@@ -149,6 +149,9 @@ class _Job:
         highest = needs.lowest_trainable_layer if changing else None
         probe = self.runner.probe
         found = find_cut(self.inner, lambda: self.runner.run(probe), len(probe), highest=highest)
+        if self.recipe.strategy.objective.whole_model:
+            raise NoCutError("the layers below are compared with the teacher's, or run on texts "
+                             "that are new in every step")  # fmt: skip
         if self.recipe.train.embedding_noise:
             raise NoCutError("train.embedding_noise changes what the layers below see")
         return found

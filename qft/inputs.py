@@ -100,10 +100,16 @@ def require_possible(recipe: Recipe) -> None:
             fix="data.eval: FILE, or data.eval_share: 0.05",
         )
     _require_fitting_knobs(recipe)
-    if strategy.objective.kind != "task":
+    kind = strategy.objective.kind
+    if kind not in ("task", "distill"):
+        raise RecipeError(f"The objective {kind!r} is not known.", where="strategy",
+                          fix="task, or distill")  # fmt: skip
+    if kind == "distill" and recipe.train.class_weights != "none":
         raise RecipeError(
-            f"The objective {strategy.objective.kind!r} is not available in this version.",
-            where="strategy",
+            "With a teacher every row counts the same.",
+            where="train.class_weights",
+            found=recipe.train.class_weights,
+            fix="leave it out; a teacher trained with class weights passes them on",
         )
 
 

@@ -38,6 +38,7 @@ BUILT_IN = {
     "head": "adapters.head:Head",
     "full": "adapters.full:Full",
     "stack": "adapters.stack:Stack",
+    "distill": "adapters.distill:Distill",
 }
 
 
@@ -111,16 +112,19 @@ def _with_parts(cls: type[Strategy], values: dict[str, Any]) -> tuple[dict[str, 
     problems: Problems = []
     for key in _part_fields(cls) & set(values):
         built = []
-        entries = values[key] if isinstance(values[key], (list, tuple)) else [values[key]]
+        several = isinstance(values[key], (list, tuple))
+        entries = values[key] if several else [values[key]]
         for number, entry in enumerate(entries):
             entry = {"name": entry} if isinstance(entry, str) else entry
             if not isinstance(entry, Mapping):
                 built.append(entry)
                 continue
             part, found = check_strategy(entry)
-            problems += [((key, str(number), *place), text) for place, text in found]
+            numbered = (str(number),) if several else ()
+            problems += [((key, *numbered, *place), text) for place, text in found]
             built.append(part)
-        values = {**values, key: tuple(built)}
+        one = cls.model_fields[key].annotation is Strategy
+        values = {**values, key: built[0] if one and not several else tuple(built)}
     return values, problems
 
 
@@ -129,7 +133,7 @@ def _part_fields(cls: type[Strategy]) -> set[str]:
     return {
         key
         for key, field in cls.model_fields.items()
-        if Strategy in getattr(field.annotation, "__args__", ())
+        if field.annotation is Strategy or Strategy in getattr(field.annotation, "__args__", ())
     }
 
 
@@ -157,7 +161,14 @@ def settings_of(strategy: Strategy) -> dict[str, Any]:
     """The recipe entry that rebuilds ``strategy``."""
     parts = _part_fields(type(strategy))
     values = strategy.model_dump(mode="json", exclude=parts)
-    nested = {key: [settings_of(part) for part in getattr(strategy, key)] for key in sorted(parts)}
+    nested: dict[str, Any] = {}
+    for key in sorted(parts):
+        held = getattr(strategy, key)
+        nested[key] = (
+            settings_of(held)
+            if isinstance(held, Strategy)
+            else [settings_of(part) for part in held]
+        )
     return {"name": strategy.name, **values, **nested}
 
 

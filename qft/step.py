@@ -15,7 +15,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -75,6 +75,19 @@ class Share:
         return cls(distributed.get_rank(), distributed.get_world_size())
 
 
+class StepLoss(Protocol):
+    """What a step minimises: the task's own loss, or one that a teacher has a say in."""
+
+    def items(self, task: Task, batch: Mapping[str, Tensor]) -> float:
+        """See `qft.task_loss.TaskLoss`."""
+
+    def arguments(self, rows: Sequence[Row], *, chunked: bool) -> dict[str, Any]:
+        """See `qft.task_loss.TaskLoss`."""
+
+    def of(self, output: Any, batch: Mapping[str, Tensor], *, shifted: bool) -> Tensor:
+        """See `qft.task_loss.TaskLoss`."""
+
+
 LOOSE, PLAIN, ALONE = Layout(), TaskLoss(), Share()
 
 
@@ -107,7 +120,7 @@ def accumulate_gradients(
     pad_token_id: int,
     strategy: Strategy | None = None,
     backward: Callable[[Tensor], None] = Tensor.backward,
-    loss: TaskLoss = PLAIN,
+    loss: StepLoss = PLAIN,
     layout: Layout = LOOSE,
     share: Share = ALONE,
 ) -> StepResult:
@@ -162,7 +175,7 @@ def _attempt(
     strategy: Strategy | None,
     backward: Callable[[Tensor], None],
     replays: int,
-    loss: TaskLoss,
+    loss: StepLoss,
     layout: Layout,
     share: Share,
 ) -> StepResult:
@@ -180,8 +193,6 @@ def _attempt(
     # with a cache, transformers takes positions that begin anew for a continued text
     extra: dict[str, Any] = {"use_cache": False} if layout.shares_rows else {}
     chunked = state is not None and state.engine.loss is not None
-    if chunked and loss.smoothing:
-        extra["label_smoothing"] = loss.smoothing
     shifted = task.predicts == "tokens" and not is_encoder_decoder(model)
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
     try:
@@ -190,7 +201,9 @@ def _attempt(
                 announce(state.clock, step, part.rows, part.batch, layout)
             inputs = {name: value.to(device) for name, value in part.batch.items()}
             with _unsynchronised(model, share, number < len(parts) - 1):
-                output = model(**inputs, **extra)
+                told = loss.arguments(part.rows, chunked=chunked)
+                output = model(**inputs, **extra, **told)
+                del told
                 mean = loss.of(output, inputs, shifted=shifted)
                 del output  # the logits, where there are any
                 weight = part.items * part.counts / total

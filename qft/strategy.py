@@ -48,9 +48,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Objective:
-    """What the training minimises. `qft.distillation` executes every kind but the task's own."""
+    """What the training minimises. `qft.distillation` executes every kind but the task's own.
+
+    Attributes:
+        whole_model: whether layers below all that trains must run all the same.
+    """
 
     kind: str = "task"
+    whole_model: bool = False
 
 
 class BaseTensors(Protocol):
@@ -106,6 +111,11 @@ class Strategy(BaseModel):
     def tasks(self) -> frozenset[str]:
         """The tasks it can train."""
         return ALL_TASKS
+
+    @property
+    def handed_over(self) -> Strategy:
+        """Whose folder `save` writes; a wrapper's is what it wraps."""
+        return self
 
     @property
     def objective(self) -> Objective:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qft.data.encoding import UNSUPERVISED
+from qft.data.packing import Row
 
 if TYPE_CHECKING:
     from qft.data.examples import Example, Task
@@ -46,6 +47,15 @@ class TaskLoss:
         labels = batch["labels"]
         kept = labels[labels != UNSUPERVISED]
         return float(torch.tensor(self.class_weights)[kept].sum())
+
+    def arguments(self, rows: Sequence[Row], *, chunked: bool) -> dict[str, Any]:
+        """What the model's forward is told beside the batch.
+
+        Args:
+            rows: which examples each row of the batch holds.
+            chunked: whether the model's loss is the engine's, which smooths labels itself.
+        """
+        return {"label_smoothing": self.smoothing} if chunked and self.smoothing else {}
 
     def of(self, output: Any, batch: Mapping[str, Tensor], *, shifted: bool) -> Tensor:
         """The mean loss over a batch's items.

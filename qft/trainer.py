@@ -22,7 +22,7 @@ from qft.first_step import FirstStepCheck
 from qft.lean.model_parts import device_of
 from qft.progress import QUIET, Reporter
 from qft.recipe import Train
-from qft.step import Layout, StepResult, accumulate_gradients
+from qft.step import Layout, StepLoss, StepResult, accumulate_gradients
 from qft.strategy import Strategy
 from qft.task_loss import TaskLoss
 
@@ -57,7 +57,7 @@ class Job:
     folder: Path
     evaluate: Evaluate | None
     card: Mapping[str, Any]
-    loss: TaskLoss = field(default_factory=TaskLoss)
+    loss: StepLoss = field(default_factory=TaskLoss)
     layout: Layout = field(default_factory=Layout)
     reporter: Reporter = QUIET
 

@@ -21,6 +21,10 @@ from qft.budget import keep_if_roomy, keep_what_fits, require_within
 from qft.card import make_card, write_card
 from qft.data.packing import PACKABLE
 from qft.data.tasks import Example, ExampleSet, pad_id
+from qft.distillation.cached import CachedTeacher
+from qft.distillation.distilled_loss import DistilledLoss
+from qft.distillation.supply import live_source, settings_in, teacher_layers
+from qft.distillation.teach import TeacherCache
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.features import Features, cache_features
@@ -38,7 +42,7 @@ from qft.recipe import Recipe
 from qft.registry import settings_of
 from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
-from qft.step import Layout, accumulate_gradients
+from qft.step import Layout, StepLoss, accumulate_gradients
 from qft.task_loss import TaskLoss, balanced_weights
 from qft.trainer import Job, StepTrainer
 
@@ -70,6 +74,8 @@ class _Opened:
     parameters: int  # of the base, heads included
     layout: Layout
     features: Features | None
+    loss: StepLoss
+    lessons: CachedTeacher | None
 
 
 def train(
@@ -131,6 +137,7 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     inputs = open_inputs(recipe, reporter)
     ready = make_ready(recipe, inputs)
     base, skeleton, held = inputs.base, ready.skeleton, ready.held
+    lessons = _cached_lessons(recipe, inputs, reporter)  # while the teacher has the memory alone
     if not recipe.strategy.mergeable:
         reporter.say(f"note: {recipe.strategy.name} cannot be merged; {recipe.strategy.advice}")
     started = time.monotonic()
@@ -155,7 +162,8 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
     features = cache_features(recipe, model, inputs, ready.needs, reporter)
-    opened = _Opened(model, inputs, card, parameters, layout, features)
+    loss = _loss(recipe, model, inputs, lessons, reporter)
+    opened = _Opened(model, inputs, card, parameters, layout, features, loss, lessons)
     if recipe.memory.budget is not None:
         _keep_within(recipe, opened, recipe.memory.budget, reporter)
     elif recipe.memory.checkpointing == "auto" and _recomputes(model):
@@ -165,11 +173,11 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
 
 def _keep_within(recipe: Recipe, opened: _Opened, budget: int, reporter: Reporter) -> None:
     """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
-    model, inputs, layout = opened.model, opened.inputs, opened.layout
+    model, layout = opened.model, opened.layout
     count = _micro_batch(recipe, opened.features)
-    longest = _longest(inputs.train.examples, count, layout.pack_to)
+    longest = _longest(opened.inputs.train.examples, count, layout.pack_to)
 
-    step = _trial(recipe, model, inputs, layout, longest, count)
+    step = _trial(opened, longest, count)
     layers = len(checkpointed_layers(inner_model(model)))
     chosen = ""
     if recipe.memory.checkpointing == "auto" and layers:
@@ -195,7 +203,7 @@ def _keep_if_roomy(recipe: Recipe, opened: _Opened, reporter: Reporter) -> None:
         most = sum(len(e.inputs["input_ids"]) for e in longest)
     taken = keep_if_roomy(
         model,
-        _trial(recipe, model, inputs, layout, [ordinary], 1),
+        _trial(opened, [ordinary], 1),
         most / len(ordinary.inputs["input_ids"]),
         hardware.free_memory_bytes(device_of(model).type),
         recipe.train.optimizer,
@@ -209,24 +217,17 @@ def _keep_if_roomy(recipe: Recipe, opened: _Opened, reporter: Reporter) -> None:
         reporter.say(f"memory: activations are kept, for at most {human_bytes(taken)}")
 
 
-def _trial(
-    recipe: Recipe,
-    model: nn.Module,
-    inputs: Inputs,
-    layout: Layout,
-    examples: Sequence[Example],
-    count: int,
-) -> Callable[[], object]:
+def _trial(opened: _Opened, examples: Sequence[Example], count: int) -> Callable[[], object]:
     """A forward and a backward pass of these examples."""
     return lambda: accumulate_gradients(
-        model,
+        opened.model,
         examples,
-        inputs.task,
+        opened.inputs.task,
         step=0,
         micro_batch=count,
-        pad_token_id=pad_id(inputs.tokenizer),
-        loss=_loss(recipe, inputs.train),
-        layout=layout,
+        pad_token_id=pad_id(opened.inputs.tokenizer),
+        loss=opened.loss,
+        layout=opened.layout,
     )
 
 
@@ -310,7 +311,7 @@ def _card(
         pooling=getattr(config, "qft_pooling", "auto"),
         quantize=models.held_as(stored, recipe.quantize),
         dtype=str(chosen.dtype).removeprefix("torch."),
-        strategy=settings_of(recipe.strategy),
+        strategy=settings_of(recipe.strategy.handed_over),
         max_length=recipe.train.max_length,
     )
 
@@ -349,14 +350,39 @@ def _make_trainer(
         folder=folder / "checkpoints",
         evaluate=held_out_metrics if held_out is not None else None,
         card=opened.card,
-        loss=_loss(recipe, opened.inputs.train),
+        loss=opened.loss,
         layout=opened.layout,
         reporter=reporter,
     )
     return StepTrainer(opened.model, job, list(callbacks))
 
 
-def _loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
+def _cached_lessons(recipe: Recipe, inputs: Inputs, reporter: Reporter) -> CachedTeacher | None:
+    """What a teacher says, where the recipe has it kept; it is asked now if it was not before."""
+    settings = settings_in(recipe)
+    if settings is None or not settings.has_lessons or not settings.caches:
+        return None
+    return TeacherCache(recipe, settings, inputs, reporter).ready()
+
+
+def _loss(
+    recipe: Recipe,
+    model: nn.Module,
+    inputs: Inputs,
+    lessons: CachedTeacher | None,
+    reporter: Reporter,
+) -> StepLoss:
+    """What is minimised; a teacher that must be in memory is loaded here."""
+    own = _task_loss(recipe, inputs.train)
+    settings = settings_in(recipe)
+    if settings is None or not settings.has_lessons:
+        return own
+    pairs = teacher_layers(recipe, settings, inputs)
+    source = lessons or live_source(recipe, settings, inputs, reporter, list(pairs.values()))
+    return DistilledLoss(own, settings, source, inputs.task, model, pairs, inputs.train.labels_are)
+
+
+def _task_loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
     train = recipe.train
     weights = None
     if train.class_weights == "balanced" and training.labels is not None:
@@ -443,4 +469,6 @@ def _finish(
         reporter.say(f"eval {name}: {value:.4f}")
     if opened.features is not None:  # last, when all that must not be lost is written
         opened.features.close()
+    if opened.lessons is not None:
+        opened.lessons.close()
     return RunResult(folder, metrics, full, trainer.trained)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qft.lean.divergence import Divergence
-from qft.lean.label_loss import CrossEntropy, Head, label_loss
+from qft.lean.divergence import Divergence, Kind, LiveRows, Sampled, TopK
+from qft.lean.label_loss import CrossEntropy, Head, LogitLoss, Mixed, label_loss
 from qft.lean.meter import Meter
+from qft.lean.sorted_gap import SortedGap
 
 POSITIONS, WIDTH, VOCABULARY, RANK = 37, 16, 50, 3
 
@@ -130,7 +131,7 @@ def test_divergences_from_a_teacher(kind: Any, support: int, temperature: float)
         "jsd": 0.3 * t * (t / mixture).log() + 0.7 * s * (s / mixture).log(),
     }[kind]
     wanted = nats.sum() * temperature**2
-    loss = Divergence(best.indices, best.values, kind, temperature, beta=0.3)
+    loss = Divergence(TopK(best.indices, best.values), kind, temperature, beta=0.3)
     found = label_loss(
         ours["hidden"], Head(ours["weight"]), loss, vocabulary=VOCABULARY, chunk_bytes=CHUNK
     )
@@ -139,6 +140,126 @@ def test_divergences_from_a_teacher(kind: Any, support: int, temperature: float)
     found.backward()
     for name in ("hidden", "weight"):
         torch.testing.assert_close(ours[name].grad, given[name].grad, rtol=1e-6, atol=1e-7)
+
+
+def teacher_head() -> tuple[Tensor, Tensor]:
+    return drawn(POSITIONS, 9), drawn(VOCABULARY + 4, 9)
+
+
+def reference(kind: str, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Of logits, each position's, in five lines."""
+    s, t = (x.div(temperature).log_softmax(dim=1) for x in (student, teacher))
+    m = (0.3 * t.exp() + 0.7 * s.exp()).log()
+    forward, reverse = t.exp() * (t - s), s.exp() * (s - t)
+    mixed = 0.3 * t.exp() * (t - m) + 0.7 * s.exp() * (s - m)
+    chosen = {"forward-kl": forward, "reverse-kl": reverse, "jsd": mixed}[kind]
+    return chosen.sum(dim=1) * temperature**2
+
+
+def compare(loss: LogitLoss, written: Any, chunk: int = CHUNK) -> None:
+    """Value and gradients of the chunked loss against those written out, in float64."""
+    given, ours = inputs(), inputs()
+    wanted = written(given["hidden"] @ given["weight"].T)
+    found = label_loss(
+        ours["hidden"], Head(ours["weight"]), loss, vocabulary=VOCABULARY, chunk_bytes=chunk
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    wanted.backward()
+    found.backward()
+    for name in ("hidden", "weight"):
+        torch.testing.assert_close(ours[name].grad, given[name].grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["forward-kl", "reverse-kl", "jsd"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("shared", [VOCABULARY, VOCABULARY - 7])
+def test_divergences_from_a_teacher_in_memory(kind: Kind, temperature: float, shared: int):
+    states, weight = teacher_head()
+    rows = LiveRows(states, Head(weight), VOCABULARY + 4, shared, temperature)
+    loss = Divergence(rows, kind, temperature, beta=0.3, shared=shared)
+    teacher = (states @ weight.T)[:, :shared]
+    compare(loss, lambda logits: reference(kind, logits[:, :shared], teacher, temperature).sum())
+
+
+@pytest.mark.parametrize("kind", ["forward-kl", "reverse-kl", "jsd"])
+def test_all_tokens_of_a_cache_say_what_the_teacher_in_memory_says(kind: Kind):
+    states, weight = teacher_head()
+    weight = weight[:VOCABULARY]
+    best = (states @ weight.T / 1.5).log_softmax(dim=1).topk(VOCABULARY, dim=1)
+    cached = Divergence(TopK(best.indices, best.values), kind, 1.5, beta=0.3)
+    teacher = states @ weight.T
+    compare(cached, lambda logits: reference(kind, logits, teacher, 1.5).sum())
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5])
+def test_labels_and_teacher_mixed(share: float):
+    states, weight = teacher_head()
+    live = Divergence(LiveRows(states, Head(weight), VOCABULARY + 4, VOCABULARY), "reverse-kl")
+    teacher = (states @ weight.T)[:, :VOCABULARY]
+    compare(
+        Mixed(CrossEntropy(TARGETS, 0.1), live, (1 - share, share)),
+        lambda logits: (
+            (1 - share)
+            * functional.cross_entropy(logits, TARGETS, reduction="sum", label_smoothing=0.1)
+            + share * reference("reverse-kl", logits, teacher, 1.0).sum()
+        ),
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_teacher_known_by_draws(temperature: float):
+    states, weight = teacher_head()
+    teacher = (states @ weight.T)[:, : VOCABULARY - 3].div(temperature).log_softmax(dim=1)
+    samples = torch.stack([TARGETS % 40, TARGETS % 40, (TARGETS + 1) % 47], dim=1)  # one twice
+    weights = drawn(POSITIONS, 3).abs()
+    entropy = -(teacher.exp() * teacher).sum(dim=1)
+
+    def written(logits: Tensor) -> Tensor:
+        s = logits[:, : VOCABULARY - 3].div(temperature).log_softmax(dim=1)
+        return temperature**2 * (-(weights * s.gather(1, samples)).sum() - entropy.sum())
+
+    compare(Sampled(samples, weights, entropy, temperature, shared=VOCABULARY - 3), written)
+
+
+@pytest.mark.parametrize("theirs", [VOCABULARY - 11, VOCABULARY, VOCABULARY + 4])
+@pytest.mark.parametrize("k", [None, 6])
+def test_distributions_compared_by_rank(theirs: int, k: int | None):
+    states, weight = teacher_head()
+    probabilities = (states @ weight[:theirs].T).softmax(dim=1)
+    paired = (torch.arange(POSITIONS) % 5 != 0).double()
+
+    def written(logits: Tensor) -> Tensor:
+        both = [x.sort(dim=1, descending=True).values for x in (logits.softmax(1), probabilities)]
+        if k is not None:
+            both = [torch.cat([x[:, :k], x[:, k:].sum(dim=1, keepdim=True)], dim=1) for x in both]
+        most = max(x.shape[1] for x in both)
+        s, t = (functional.pad(x, (0, most - x.shape[1])) for x in both)
+        return ((s - t).abs().sum(dim=1) * paired).sum()
+
+    if k is None:
+        loss = SortedGap(LiveRows(states, Head(weight[:theirs]), theirs, theirs), paired)
+    else:
+        best = probabilities.log().topk(k, dim=1)
+        loss = SortedGap(TopK(best.indices, best.values), paired)
+    compare(loss, written)
+
+
+def test_an_outermost_teacher_makes_no_infinite_loss():
+    """In float32, with a token that one side is sure of and the other sure not to see."""
+    weight = torch.zeros(VOCABULARY, WIDTH)
+    weight[0, 0], weight[1, 0] = 200.0, -200.0
+    sure = torch.zeros(2, WIDTH)
+    sure[:, 0] = torch.tensor([1.0, -1.0])
+    kinds: tuple[Kind, ...] = ("forward-kl", "reverse-kl", "jsd")
+    for kind in kinds:
+        hidden = sure.flip(0).clone().requires_grad_()
+        loss = Divergence(LiveRows(sure, Head(weight), VOCABULARY, VOCABULARY), kind)
+        found = label_loss(hidden, Head(weight), loss, vocabulary=VOCABULARY)
+        found.backward()
+        assert found.isfinite()
+        assert hidden.grad is not None
+        assert hidden.grad.isfinite().all()
+        assert kind == "jsd" or float(found) == pytest.approx(800, rel=1e-5)
 
 
 def test_in_bfloat16_it_is_the_plain_loss_but_for_rounding():
@@ -180,3 +301,26 @@ def test_no_more_than_a_chunk_of_logits_is_ever_there(labels: int):
     logits = 8 * vocabulary * 4
     assert meter.reading().phases["forward"].total <= held + gradient + logits + small
     assert meter.reading().peak_bytes <= held + 2 * gradient + logits + small
+
+
+@pytest.mark.parametrize("case", ["live", "top-k", "mixed", "draws", "uld"])
+def test_a_teacher_costs_no_more_than_the_chunk_may(case: str):
+    """Neither side's logits exist for more positions than the chunk's bytes allow."""
+    vocabulary, width, labels, chunk = 4096, 32, 256, 64 * 4096 * 8
+    hidden = torch.randn(labels, width, requires_grad=True)
+    weight, states = torch.randn(vocabulary, width), torch.randn(labels, width)
+    live = LiveRows(states, Head(weight), vocabulary, vocabulary)
+    ids = torch.arange(8).expand(labels, 8).contiguous()
+    known = TopK(ids, torch.full((labels, 8), -4.0))
+    loss: LogitLoss = {
+        "live": Divergence(live, "jsd"),
+        "top-k": Divergence(known),
+        "mixed": Mixed(CrossEntropy(ids[:, 0]), Divergence(live), (0.5, 0.5)),
+        "draws": Sampled(ids, torch.full((labels, 8), 0.125), torch.zeros(labels)),
+        "uld": SortedGap(live, torch.ones(labels)),
+    }[case]
+    with Meter() as meter:
+        label_loss(hidden, Head(weight), loss, vocabulary=vocabulary, chunk_bytes=chunk).backward()
+    held = weight.nbytes + hidden.nbytes + states.nbytes + ids.nbytes * 3
+    small = 3 * hidden.nbytes + 64 * 1024
+    assert meter.reading().peak_bytes <= held + chunk + small

@@ -106,9 +106,7 @@ def test_where_shards_end_depends_on_the_examples_alone(tmp_path: Path) -> None:
     fill(store(whole))
     for number in (3, 0, 5):  # whatever a former run had got to, and in whatever order
         fill(store(parts), [number])
-    assert sorted(fill(store(parts))) == sorted(
-        set(range(len(store(parts).shards))) - {0, 3, 5}
-    )
+    assert sorted(fill(store(parts))) == sorted(set(range(len(store(parts).shards))) - {0, 3, 5})
     assert contents(parts) == contents(whole)
 
 
@@ -259,9 +257,7 @@ def test_a_killed_writer_holds_no_lock(tmp_path: Path) -> None:
     assert store(tmp_path).lock() == "write"
 
 
-def test_a_full_disk_leaves_what_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
 
     whole, root = tmp_path / "whole", tmp_path / "full"

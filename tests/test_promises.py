@@ -23,23 +23,27 @@ README = REPOSITORY / "README.md"
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
     errors scripts files progress quiet_libraries hardware
-    strategy registry recipe recipe_reference card
+    strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
-    lean.patching lean.feature_cache lean.cut_finding lean.trunk lean.offload lean.checkpointing
-    lean.meter lean.standins lean.label_loss lean.divergence lean.int8_head lean.token_scores
-    lean.model_loss lean.lora_linear lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms
-    lean.attention lean.engine
+    lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
+    lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
+    lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.shared_input
+    lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
     data.augment data.splits data.tasks data.preflight inputs shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
-    distillation.lesson_coding distillation.lesson_store
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
-    budget task_loss step token_batches checkpoints run_folder first_step trainer run_watch
+    task_loss distillation.lessons distillation.teachers distillation.matching
+    distillation.heads distillation.live distillation.distilled_loss distillation.supply
+    budget step token_batches checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out feature_store feature_identity feature_rows features
+    distillation.lesson_coding distillation.lesson_store distillation.kept
+    distillation.lesson_identity distillation.lesson_making distillation.lesson_report
+    distillation.cached distillation.teach
     merging.side_files merging.tensors merging.merge
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format

@@ -29,6 +29,7 @@ class Kept:
         layers: the teacher's, whose hidden states are kept.
         supervised: only those where a label is predicted.
         seed: of the drawing.
+        by_rank: the teacher has tokens of its own (uld).
         predicts: see `qft.data.examples.Task`.
         shifted: whether position t predicts label t + 1.
     """
@@ -40,6 +41,7 @@ class Kept:
     layers: tuple[int, ...]
     supervised: bool
     seed: int
+    by_rank: bool
     predicts: str
     shifted: bool
 
@@ -54,6 +56,7 @@ class Kept:
             "precision": self.precision,
             "layers": ", ".join(map(str, self.layers)),
             "layers' tokens": where if self.layers else "",
+            "tokens": "the teacher's own" if self.by_rank else "shared" if tokens else "",
             "seed": str(self.seed) if self.kind == "samples" else "",
         }
 
@@ -63,7 +66,7 @@ class Kept:
         return LessonCoding(vocabulary, self.precision, draws)
 
     def rows(self, example: Example) -> int:
-        """Supervised positions of an example; 1 of one with a class, all tokens of one with a span."""
+        """Supervised positions of an example; 1 where it has a class, all tokens for a span."""
         if self.predicts == "span":
             return len(example.inputs["input_ids"])
         return label_rows(example, shifted=self.shifted)
@@ -112,6 +115,7 @@ def kept_of(recipe: Recipe, settings: DistillSettings, task: Task, pairs: Pairs)
         layers=tuple(sorted(set(pairs.values()))),
         supervised=settings.hidden is not None and supervised_alone(settings, task),
         seed=recipe.train.seed,
+        by_rank=settings.loss == "uld",
         predicts=task.predicts,
         shifted=task.predicts == "tokens" and recipe.task != "seq2seq",
     )

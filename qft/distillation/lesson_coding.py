@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from qft.distillation.bit_packing import bits_for, pack, packed_bytes, unpack
+from qft.distillation.lessons import Lesson
 
-Lesson = Mapping[str, Tensor]
 Precision = Literal["float16", "float32"]
 
 

@@ -17,6 +17,7 @@ from qft.adapter_folder import AdapterFolder
 from qft.data.examples import Example, fingerprint, inputs_fingerprint
 from qft.distillation.kept import Kept
 from qft.distillation.objective import DistillSettings
+from qft.distillation.supply import paired_examples
 from qft.distillation.teachers import teacher_folder
 from qft.feature_identity import OF_NO_ACCOUNT, tokenizer_hash, value_hash
 from qft.files import file_hash
@@ -28,7 +29,11 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.j
 
 
 def asked_parts(
-    recipe: Recipe, settings: DistillSettings, inputs: Inputs, kept: Kept, ordered: Sequence[Example]
+    recipe: Recipe,
+    settings: DistillSettings,
+    inputs: Inputs,
+    kept: Kept,
+    ordered: Sequence[Example],
 ) -> dict[str, str]:
     """What the recipe decides.
 
@@ -47,15 +52,10 @@ def asked_parts(
     }
 
 
-def teacher_parts(
-    recipe: Recipe, settings: DistillSettings, paired: Sequence[Example] = ()
-) -> dict[str, str]:
+def teacher_parts(recipe: Recipe, settings: DistillSettings, inputs: Inputs) -> dict[str, str]:
     """What the teacher decides, and what it runs on.
 
     Every byte of its weights counts: a checkpoint that went on training is another teacher.
-
-    Args:
-        paired: the rows in the teacher's own tokens, where these are others.
 
     Raises:
         ModelError: the teacher is not there.
@@ -66,17 +66,22 @@ def teacher_parts(
     dtype, weights = chosen.dtype, []
     if isinstance(found, AdapterFolder):
         folder, dtype = found.base, found.spec().dtype or dtype
-        weights = [p for p in sorted(found.folder.rglob("*")) if p.suffix in (".json", ".safetensors")]
+        files = sorted(found.folder.rglob("*"))
+        weights = [path for path in files if path.suffix in (".json", ".safetensors")]
     else:
         folder = found
     weights += sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     config = {k: v for k, v in models.read_config(folder).items() if k not in OF_NO_ACCOUNT}
     versions = hardware.versions()
     software = {name: versions.get(name) for name in ("torch", "transformers", "bitsandbytes")}
+    tokenizer = models.open_tokenizer(folder, trust)
+    paired: list[Example] = []
+    if settings.loss == "uld":
+        paired = sorted(paired_examples(recipe, inputs, tokenizer).values(), key=lambda e: e.index)
     return {
         "teacher": value_hash([[path.name, file_hash(path)] for path in weights]),
         "teacher's config": value_hash(config),
-        "teacher's tokens": tokenizer_hash(models.open_tokenizer(folder, trust)),
+        "teacher's tokens": tokenizer_hash(tokenizer),
         "teacher's rows": _data_hash(paired, by_labels=True) if paired else "",
         "dtype": str(dtype).removeprefix("torch."),
         "device": chosen.device,

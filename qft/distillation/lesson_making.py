@@ -42,7 +42,8 @@ class LessonMaker:
         if self.kept.kind in ("top-k", "samples"):
             self._add_tokens(found, told, examples)
         if self.kept.kind == "none":
-            found = [{n: t for n, t in lesson.items() if n.startswith("layer.")} for lesson in found]
+            for lesson in found:
+                lesson.pop("logits", None)
         coding = self.kept.coding(self.vocabulary())
         return [coding.encode(lesson) for lesson in found]
 

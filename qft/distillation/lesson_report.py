@@ -7,8 +7,9 @@ from typing import Any
 
 from qft.data.examples import Example
 from qft.distillation.kept import Kept
-from qft.distillation.lesson_coding import Lesson, coverage
+from qft.distillation.lesson_coding import coverage
 from qft.distillation.lesson_store import LessonReader
+from qft.distillation.lessons import Lesson
 from qft.progress import human_bytes
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qft.distillation.lesson_coding import Lesson
+from qft.distillation.lessons import Lesson
 from qft.shard_store import ShardStore, shard_ranges
 
 SHARD_BYTES = 64 * 2**20  # what a kill can cost at most

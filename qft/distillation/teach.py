@@ -28,7 +28,7 @@ from qft.errors import Interrupted, ModelError, QftError, RecipeError, WillNotFi
 from qft.feature_identity import stored_order
 from qft.files import explain_write_errors, read_json, require_disk, write_json
 from qft.inputs import Inputs, open_inputs
-from qft.progress import QUIET, Reporter, human_bytes
+from qft.progress import QUIET, Reporter
 from qft.recipe import Recipe
 from qft.shard_store import differences, identities
 from qft.step import is_out_of_memory
@@ -118,10 +118,12 @@ class TeacherCache:
         except ModelError as error:
             return self._without_teacher(error)
         self._describe()
-        store = self._store({**self.asked, **teacher_parts(self.recipe, self.settings)})
+        teacher = teacher_parts(self.recipe, self.settings, self.inputs)
+        store = self._store({**self.asked, **teacher})
         changed = [] if store.folder.is_dir() else differences(self.root, store.identity)
         if changed and not {"teacher", "data"} <= set(changed):  # else it is simply another job's
-            self._say(f"made anew, another {' and '.join(changed)} than what is there was made with")
+            self._say(f"made anew, another {' and '.join(changed)} than what is there "
+                      "was made with")  # fmt: skip
         _take(store, alone=False)
         try:
             if store.missing() or _about(store.folder) is None:
@@ -138,18 +140,14 @@ class TeacherCache:
         width = teacher_shape(self.settings.teacher, self.recipe.task).width if pairs else 0
         self.kept = kept_of(self.recipe, self.settings, self.inputs.task, pairs)
         self.sizes = self.kept.sizes(self.ordered, len(self.inputs.train.labels or "1"), width)
-        self.asked = asked_parts(
-            self.recipe, self.settings, self.inputs, self.kept, self.ordered
-        )
+        self.asked = asked_parts(self.recipe, self.settings, self.inputs, self.kept, self.ordered)
 
     def _store(self, identity: Mapping[str, str]) -> LessonStore:
         return LessonStore(self.root, identity, [e.index for e in self.ordered], self.sizes)
 
     def _fill(self, store: LessonStore) -> None:
         """Asks the teacher about what is missing."""
-        live = live_source(
-            self.recipe, self.settings, self.inputs, self.reporter, self.kept.layers
-        )
+        live = live_source(self.recipe, self.settings, self.inputs, self.reporter, self.kept.layers)
         maker = LessonMaker(live, self.kept)
         try:
             self._write_missing(store, maker)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,15 @@ IGNORED = -100
 
 
 class LogitLoss(Protocol):
-    """What is minimised: a number for each position."""
+    """What is minimised: a number for each position.
+
+    Attributes:
+        extra_tensors: of a chunk of logits' size in float32, that it makes beside the logits.
+    """
+
+    @property
+    def extra_tensors(self) -> int:
+        """See above."""
 
     def __call__(self, logits: Tensor, rows: slice) -> Tensor:
         """The losses of some positions, ``[positions]``, in float32.
@@ -47,6 +55,8 @@ class CrossEntropy:
         class_weights: ``[vocabulary]``; what a label of each class counts, or None.
         z_loss: factor of the squared log-normaliser, which keeps logits small (PaLM, 2022).
     """
+
+    extra_tensors: ClassVar[int] = 0
 
     targets: Tensor
     smoothing: float = 0.0
@@ -72,6 +82,28 @@ class CrossEntropy:
         weights = self.class_weights[targets]
         logits.mul_(weights[:, None])
         return nats * weights
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Two losses of the same logits, each with its weight."""
+
+    first: LogitLoss
+    second: LogitLoss
+    weights: tuple[float, float]
+
+    @property
+    def extra_tensors(self) -> int:
+        """See `LogitLoss`; the logits themselves are needed twice."""
+        return 1 + max(self.first.extra_tensors, self.second.extra_tensors)
+
+    def __call__(self, logits: Tensor, rows: slice) -> Tensor:
+        """See `LogitLoss`."""
+        first, second = self.weights
+        again = logits.clone()
+        nats = first * self.first(logits, rows) + second * self.second(again, rows)
+        logits.mul_(first).add_(again, alpha=second)
+        return nats
 
 
 def softmax_in_place(logits: Tensor) -> Tensor:
@@ -117,7 +149,7 @@ def label_loss(
         head: the output layer.
         loss: what is minimised.
         vocabulary: rows of the head's weight.
-        chunk_bytes: the most that a chunk's logits may take.
+        chunk_bytes: the most that a chunk's logits may take, with what the loss makes of them.
 
     Returns:
         A float32 scalar.
@@ -143,7 +175,7 @@ def label_losses(
 def _losses(
     hidden: Tensor, head: Head, loss: LogitLoss, vocabulary: int, chunk_bytes: int
 ) -> Tensor:
-    per_row = vocabulary * (4 + hidden.element_size())
+    per_row = vocabulary * (4 * (1 + loss.extra_tensors) + hidden.element_size())
     rows = max(1, chunk_bytes // per_row)
     rows = rows // 128 * 128 or rows  # matrix products like round numbers
     if hidden.device.type == "cpu":
@@ -231,10 +263,7 @@ def _chunk(rows: slice, used: list[Any], grads: list[Any], plan: _Plan, room: _R
     part = hidden[rows]
     own, logits = room.own[: part.shape[0]], room.wide[: part.shape[0]]
     _product_into(own, part, weight, bias, head)
-    inner = None
-    if down is not None:
-        inner = functional.linear(part, down)
-        own.addmm_(inner, up.t(), alpha=plan.factor)
+    inner = _add_lora(own, part, down, up, plan.factor)
     if room.own is not room.wide:
         logits.copy_(own)
     if head.scale != 1.0:
@@ -292,6 +321,31 @@ def _product_into(
             place.copy_(part @ block.to(part.dtype).t())
     if bias is not None:
         logits.add_(bias)
+
+
+def _add_lora(own: Tensor, part: Tensor, down: Any, up: Any, factor: float) -> Tensor | None:
+    if down is None:
+        return None
+    inner = functional.linear(part, down)
+    own.addmm_(inner, up.t(), alpha=factor)
+    return inner
+
+
+def head_logits(hidden: Tensor, head: Head, vocabulary: int) -> Tensor:
+    """The logits of a few positions, ``[positions, vocabulary]``, in the hidden states' type."""
+    down, up, factor = head.lora or (None, None, 0.0)
+    weight, bias, down, up = (
+        value if value is None else value.to(hidden.dtype)
+        for value in (head.weight, head.bias, down, up)
+    )
+    logits = hidden.new_empty(hidden.shape[0], vocabulary)
+    _product_into(logits, hidden, weight, bias, head)
+    _add_lora(logits, hidden, down, up, factor)
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
 
 
 def _transposed_product(gradient: Tensor, weight: Tensor | None, head: Head) -> Tensor:

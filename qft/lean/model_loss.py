@@ -21,13 +21,15 @@ from torch.nn import functional
 
 from qft.lean.checkpointing import checkpointed_layers, paused
 from qft.lean.int8_head import Int8Head
-from qft.lean.label_loss import IGNORED, CrossEntropy, Head, label_loss
+from qft.lean.label_loss import IGNORED, CrossEntropy, Head, LogitLoss, label_loss
 from qft.lean.model_parts import is_encoder_decoder, output_embeddings
 from qft.lean.patching import PlainForward, plain_forward, replace_forward, restore_forward
 from qft.lean.token_scores import token_scores
 
 PROBE_TOKENS = 9
-Scored = Literal["ranks", "with-entropy"]
+Scored = Literal["ranks", "with-entropy", "states"]
+# of the labels' own loss, and how many labels there are, makes what is minimised instead
+Teaching = Callable[[CrossEntropy, int], LogitLoss]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class _Order:
     head: Head
     smoothing: float
     scored: Scored | None = None  # each position's log-probability and more, instead of a sum
+    teaching: Teaching | None = None
     loss: Tensor | None = None  # the answer: a sum
     scores: dict[str, Tensor] | None = None  # or these
 
@@ -72,14 +75,18 @@ class ModelLoss:
 
         ``num_items_in_batch`` is what the sum is divided by (else the number of labels),
         ``shift_labels`` are labels that stand at the position that predicts them, and
-        ``label_smoothing`` spreads a share of each label over the vocabulary.
+        ``label_smoothing`` spreads a share of each label over the vocabulary. ``teaching`` puts
+        another loss of the same logits in the labels' place, or mixes it in (`Teaching`).
         """
         names = [name for name in self.signature.parameters if name != "self"]
         kwargs |= dict(zip(names, args, strict=False))
         smoothing = float(kwargs.pop("label_smoothing", 0.0))
+        teaching: Teaching | None = kwargs.pop("teaching", None)
         scored, self.scored = self.scored, None
         head = self._head() if self._is_asked(kwargs, scored) else None
         if head is None:
+            if teaching is not None:
+                raise ValueError("a loss of a teacher's is for training with labels")
             return self._plainly(kwargs)
         items = kwargs.pop("num_items_in_batch", None)
         labels, targets = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
@@ -91,7 +98,7 @@ class ModelLoss:
             self._feed_decoder(kwargs, labels)
         if "use_cache" in self.signature.parameters and kwargs.get("past_key_values") is None:
             kwargs["use_cache"] = False
-        order = self.order = _Order(targets, head, smoothing, scored)
+        order = self.order = _Order(targets, head, smoothing, scored, teaching)
         try:
             output = self.plain(**kwargs)
         finally:
@@ -139,6 +146,25 @@ class ModelLoss:
             self.scored = None
         return output
 
+    def label_states(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Head]:
+        """What the output layer is given at each label, and the layer; no logits are made.
+
+        Args:
+            model: as users hold it, with this loss in it.
+            batch: with labels.
+
+        Returns:
+            ``[labels, width]``, row by row of the batch.
+        """
+        self.scored = "states"
+        try:
+            states: Tensor = model(**batch)["states"]
+        finally:
+            self.scored = None
+        head = self._head()
+        assert head is not None
+        return states, head
+
     def answers_for_trl(self) -> bool:
         """Whether each position's loss may be weighed by the caller: the output layer is frozen."""
         frozen = not any(p.requires_grad for p in self.head.parameters())
@@ -158,15 +184,20 @@ class ModelLoss:
             kept = targets != IGNORED
             chosen, wanted = hidden[kept], targets[kept]
         nats = CrossEntropy(wanted, order.smoothing)
-        vocabulary = _vocabulary(self.head)
-        if order.scored is not None:
+        vocabulary = vocabulary_of(self.head)
+        if order.scored == "states":
+            order.scores = {"states": chosen}
+        elif order.scored is not None:
             order.scores = token_scores(
                 chosen, order.head, nats, kept, vocabulary=vocabulary, shifted=self.shifted,
                 entropies=order.scored == "with-entropy",
             )  # fmt: skip
         else:
-            order.loss = label_loss(chosen, order.head, nats, vocabulary=vocabulary)
-        return hidden.new_zeros(hidden.shape[0], 0, _vocabulary(self.head))
+            loss: LogitLoss = nats
+            if order.teaching is not None:
+                loss = order.teaching(nats, len(chosen))
+            order.loss = label_loss(chosen, order.head, loss, vocabulary=vocabulary)
+        return hidden.new_zeros(hidden.shape[0], 0, vocabulary_of(self.head))
 
     def _feed_decoder(self, kwargs: dict[str, Any], labels: Tensor) -> None:
         """An encoder-decoder makes its decoder's inputs of the labels, as its own forward does."""
@@ -222,6 +253,8 @@ def _adapter(layer: Any) -> tuple[Tensor, Tensor, float] | None:
 def _answer(order: _Order, output: Any, count: Tensor | float) -> Any:
     """The family's output with the loss first and no logits."""
     loss = order.loss
+    if order.scored == "states":
+        return order.scores
     if order.scores is not None:
         loss = -order.scores["log_probs"].sum()
     assert loss is not None
@@ -291,7 +324,7 @@ def _agrees(model: nn.Module, installed: ModelLoss) -> bool:
         return True
     training = {module: module.training for module in model.modules()}
     tokens = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", None) or 2**30)  # type: ignore[union-attr]
-    ids = torch.arange(tokens, device=first.device)[None] % _vocabulary(installed.head)
+    ids = torch.arange(tokens, device=first.device)[None] % vocabulary_of(installed.head)
     try:
         model.eval()
         with torch.no_grad():
@@ -313,7 +346,8 @@ def _is_fake(tensor: Tensor) -> bool:
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
-def _vocabulary(head: nn.Module) -> int:
+def vocabulary_of(head: nn.Module) -> int:
+    """Rows of an output layer's weight."""
     layer: Any = head
     layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
     return int(getattr(layer, "out_features", None) or layer.weight.shape[0])

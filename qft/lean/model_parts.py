@@ -76,6 +76,14 @@ def head_names(model: nn.Module) -> list[str]:
     ]
 
 
+def hidden_width(model: Any) -> int:
+    """Of a model's hidden states."""
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", None) or config.d_model
+    return int(width)
+
+
 def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The stacks of layers by module name, in the order data passes them.
 
@@ -89,6 +97,12 @@ def layer_stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and not inside and _are_layers(module):
             stacks[name] = module
     return dict(sorted(stacks.items(), key=lambda stack: "decoder" in stack[0].split(".")))
+
+
+def encoder_layers(model: nn.Module) -> int:
+    """Layers of the first of two halves; 0 of a model with one stack."""
+    stacks = list(layer_stacks(model).values())
+    return len(stacks[0]) if len(stacks) > 1 else 0
 
 
 def _are_layers(stack: nn.ModuleList) -> bool:

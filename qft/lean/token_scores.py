@@ -27,6 +27,10 @@ class _Scored:
     is_top1: Tensor
     entropy: Tensor | None
 
+    @property
+    def extra_tensors(self) -> int:
+        return self.inner.extra_tensors
+
     def __call__(self, logits: Tensor, rows: slice) -> Tensor:
         targets = self.inner.targets[rows]
         self.is_top1[rows] = logits.argmax(dim=1) == targets
