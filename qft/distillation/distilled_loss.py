@@ -218,6 +218,7 @@ class DistilledLoss:
         ]
         total = sum(items)
         per_row = torch.tensor(
-            [item / size / total for item, size in zip(items, sizes, strict=True)]
+            [item / size / total for item, size in zip(items, sizes, strict=True)],
+            dtype=torch.float64,
         )
         return per_row.repeat_interleave(torch.tensor(sizes)).to(like.device, like.dtype)
