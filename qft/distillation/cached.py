@@ -31,16 +31,31 @@ class CachedTeacher:
         """One an example.
 
         Raises:
-            QftError: an example that the teacher was not asked about.
+            QftError: an example that the teacher was not asked about; a cache that says what
+                cannot be.
         """
         try:
-            return [self._coding.decode(self._read(example.index)) for example in examples]
+            found = [self._coding.decode(self._read(example.index)) for example in examples]
         except KeyError as error:
             raise QftError(
                 "The teacher cache has no lesson of this example.",
                 where=self._store.folder,
                 found=f"example {error}",
             ) from None
+        for lesson in found:
+            self._require_known_tokens(lesson)
+        return list(found)
+
+    def _require_known_tokens(self, lesson: Lesson) -> None:
+        """A cache may come from elsewhere, and a number may fit into the bits all the same."""
+        for name in ("tokens", "samples"):
+            if name in lesson and (lesson[name] >= self._coding.vocabulary).any():
+                raise QftError(
+                    "The teacher cache names tokens that there are not.",
+                    where=self._store.folder,
+                    found=f"{int(lesson[name].max())} of {self._coding.vocabulary}",
+                    fix="remove that folder; `qft teach` makes it anew",
+                )
 
     def close(self) -> None:
         """Lets others write or remove the cache."""
