@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from qft import export
     from qft.checking import check
+    from qft.distillation.teach import teach
     from qft.errors import QftError
     from qft.export.delivery import merge
     from qft.opening import open_any
@@ -31,6 +32,7 @@ _HOMES = {
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
     "prepare": "qft.preparation",
+    "teach": "qft.distillation.teach",
     "train": "qft.training",
     "unprepare": "qft.preparation",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "merge",
     "open_any",
     "prepare",
+    "teach",
     "train",
     "unprepare",
 ]

@@ -123,6 +123,23 @@ def train(
 
 
 @app.command()
+def teach(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, for example strategy.top_k=32.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe's teacher once and keep what its student needs."""
+    from qft.distillation.teach import teach as run
+    from qft.recipe import load_recipe
+
+    report = run(load_recipe(recipe, overrides or []), reporter=_reporter(quiet, as_json))
+    _print(report, as_json, lambda: print(report["folder"]))
+
+
+@app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
     overrides: Annotated[

@@ -28,25 +28,25 @@ def identity_of(inner: Any, cut: Cut, tokenizer: Any, quantize: str) -> dict[str
         inner: the transformers model.
         quantize: as the recipe says.
     """
-    config = {k: v for k, v in inner.config.to_dict().items() if k not in _OF_NO_ACCOUNT}
+    config = {k: v for k, v in inner.config.to_dict().items() if k not in OF_NO_ACCOUNT}
     versions = hardware.versions()
     software = {name: versions.get(name) for name in ("torch", "transformers", "bitsandbytes")}
     return {
         "format": _FORMAT,
         "model": tensors_hash(cut.trunk),
-        "config": _hash([type(inner).__name__, config]),
+        "config": value_hash([type(inner).__name__, config]),
         "attention": str(getattr(inner.config, "_attn_implementation", None)),
-        "tokenizer": _tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer_hash(tokenizer),
         "padding": str(pad_id(tokenizer)),
         "place": cut.name,
         "dtype": str(cut.dtype),
         "quantization": quantize,
         "device": next(inner.parameters()).device.type,
-        "software": _hash(software),
+        "software": value_hash(software),
     }
 
 
-_OF_NO_ACCOUNT = ("_name_or_path", "transformers_version")
+OF_NO_ACCOUNT = ("_name_or_path", "transformers_version")
 
 
 def store_of(
@@ -74,12 +74,14 @@ def stored_order(examples: Sequence[Example]) -> list[Example]:
     return sorted(examples, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
 
 
-def _tokenizer_hash(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of what turns texts into tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
-    return _hash([text, str(tokenizer.special_tokens_map)])
+    return value_hash([text, str(tokenizer.special_tokens_map)])
 
 
-def _hash(value: Any) -> str:
+def value_hash(value: Any) -> str:
+    """SHA-256 of plain values."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -13,9 +13,8 @@ from qft.evaluation import evaluating
 from qft.inputs import Inputs
 from qft.lean.feature_cache import Cut
 from qft.lean.model_parts import device_of
-from qft.step import announced, is_out_of_memory
-
-_TOKENS = 2048  # a forward pass, padding included
+from qft.step import announced
+from qft.token_batches import few_at_once
 
 
 class Runner:
@@ -58,31 +57,16 @@ class Runner:
             examples: best of falling length.
             progress: called with the number of samples just done.
         """
-        found: list[Tensor] = []
-        start, tokens = 0, _TOKENS
-        with evaluating(self.model):
-            while start < len(examples):
-                part = examples[start : start + max(1, tokens // _length(examples[start]))]
-                hidden = self._observed(cut, part)
-                if hidden is None:
-                    tokens = _length(part[0]) * (len(part) // 2)
-                    continue
-                if not cut.pooled:
-                    pairs = zip(hidden, part, strict=True)
-                    hidden = torch.cat([row[: _length(example)] for row, example in pairs])
-                found.append(hidden.cpu())
-                start += len(part)
-                progress(len(part))
-        return torch.cat(found)
 
-    def _observed(self, cut: Cut, part: Sequence[Example]) -> Tensor | None:
-        """None where memory ran out and fewer samples at once may help."""
-        try:
-            return cut.observe(lambda: self.run(part))
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error) or len(part) == 1:
-                raise
-            return None
+        def batch_rows(part: Sequence[Example]) -> Tensor:
+            hidden = cut.observe(lambda: self.run(part))
+            if not cut.pooled:
+                pairs = zip(hidden, part, strict=True)
+                hidden = torch.cat([row[: _length(example)] for row, example in pairs])
+            return hidden.cpu()
+
+        with evaluating(self.model):
+            return torch.cat(few_at_once(examples, batch_rows, progress))
 
 
 def _length(example: Example) -> int:

@@ -21,7 +21,7 @@ from qft.data.tasks import Example
 from qft.errors import Interrupted, QftError, SaveError
 from qft.feature_identity import identity_of, store_of, stored_order
 from qft.feature_rows import Runner
-from qft.feature_store import FeatureStore, differences, make_room
+from qft.feature_store import FeatureStore
 from qft.files import explain_write_errors, free_disk_bytes
 from qft.inputs import Inputs
 from qft.lean.cut_finding import NoCutError, find_cut
@@ -30,6 +30,7 @@ from qft.lean.trunk import Unloaded
 from qft.preparation import inner_model, prepared
 from qft.progress import Reporter, human_bytes
 from qft.recipe import Recipe
+from qft.shard_store import differences, make_room
 from qft.strategy import Needs, Strategy
 
 AUTO_BYTES = 4 * 2**30
@@ -231,7 +232,7 @@ class _Job:
         return train.max_steps / steps if train.max_steps else train.epochs
 
     def _fill(self, cut: Cut, store: FeatureStore, examples: Sequence[Example]) -> None:
-        missing, shards = store.missing(), store.rows.shards()
+        missing, shards = store.missing(), store.shards
         if missing and len(missing) < len(shards):
             self.reporter.say(f"feature cache: {len(shards) - len(missing)} of {len(shards)} "
                               "parts are there already")  # fmt: skip

@@ -21,8 +21,10 @@ from qft.budget import keep_if_roomy, keep_what_fits, require_within
 from qft.card import make_card, write_card
 from qft.data.packing import PACKABLE
 from qft.data.tasks import Example, ExampleSet, pad_id
+from qft.distillation.cached import CachedTeacher
 from qft.distillation.distilled_loss import DistilledLoss
 from qft.distillation.supply import live_source, settings_in, teacher_layers
+from qft.distillation.teach import TeacherCache
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.features import Features, cache_features
@@ -73,6 +75,7 @@ class _Opened:
     layout: Layout
     features: Features | None
     loss: StepLoss
+    lessons: CachedTeacher | None
 
 
 def train(
@@ -134,6 +137,7 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     inputs = open_inputs(recipe, reporter)
     ready = make_ready(recipe, inputs)
     base, skeleton, held = inputs.base, ready.skeleton, ready.held
+    lessons = _cached_lessons(recipe, inputs, reporter)  # while the teacher has the memory alone
     if not recipe.strategy.mergeable:
         reporter.say(f"note: {recipe.strategy.name} cannot be merged; {recipe.strategy.advice}")
     started = time.monotonic()
@@ -158,8 +162,8 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     card = _card(recipe, base, inputs.train, skeleton, chosen)
     parameters = sum(p.numel() for p in skeleton.parameters())
     features = cache_features(recipe, model, inputs, ready.needs, reporter)
-    loss = _loss(recipe, model, inputs, reporter)
-    opened = _Opened(model, inputs, card, parameters, layout, features, loss)
+    loss = _loss(recipe, model, inputs, lessons, reporter)
+    opened = _Opened(model, inputs, card, parameters, layout, features, loss, lessons)
     if recipe.memory.budget is not None:
         _keep_within(recipe, opened, recipe.memory.budget, reporter)
     elif recipe.memory.checkpointing == "auto" and _recomputes(model):
@@ -353,14 +357,28 @@ def _make_trainer(
     return StepTrainer(opened.model, job, list(callbacks))
 
 
-def _loss(recipe: Recipe, model: nn.Module, inputs: Inputs, reporter: Reporter) -> StepLoss:
-    """What is minimised; with a teacher in memory, here it is loaded."""
+def _cached_lessons(recipe: Recipe, inputs: Inputs, reporter: Reporter) -> CachedTeacher | None:
+    """What a teacher says, where the recipe has it kept; it is asked now if it was not before."""
+    settings = settings_in(recipe)
+    if settings is None or not settings.has_lessons or not settings.caches:
+        return None
+    return TeacherCache(recipe, settings, inputs, reporter).ready()
+
+
+def _loss(
+    recipe: Recipe,
+    model: nn.Module,
+    inputs: Inputs,
+    lessons: CachedTeacher | None,
+    reporter: Reporter,
+) -> StepLoss:
+    """What is minimised; a teacher that must be in memory is loaded here."""
     own = _task_loss(recipe, inputs.train)
     settings = settings_in(recipe)
     if settings is None or not settings.has_lessons:
         return own
     pairs = teacher_layers(recipe, settings, inputs)
-    source = live_source(recipe, settings, inputs, reporter, list(pairs.values()))
+    source = lessons or live_source(recipe, settings, inputs, reporter, list(pairs.values()))
     return DistilledLoss(own, settings, source, inputs.task, model, pairs, inputs.train.labels_are)
 
 
@@ -451,4 +469,6 @@ def _finish(
         reporter.say(f"eval {name}: {value:.4f}")
     if opened.features is not None:  # last, when all that must not be lost is written
         opened.features.close()
+    if opened.lessons is not None:
+        opened.lessons.close()
     return RunResult(folder, metrics, full, trainer.trained)

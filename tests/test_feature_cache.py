@@ -20,13 +20,14 @@ import qft
 from qft import features, hardware, training
 from qft.data.tasks import pad_id
 from qft.errors import Interrupted, RecipeError
-from qft.feature_store import FeatureStore, Rows, make_room
+from qft.feature_store import FeatureStore, Rows
 from qft.lean.meter import Meter
 from qft.lean.model_parts import layer_stacks
 from qft.lean.trunk import Unloaded
 from qft.preparation import inner_model
 from qft.progress import Reporter
 from qft.recipe import build_recipe
+from qft.shard_store import make_room
 from qft.step import accumulate_gradients
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -657,7 +658,7 @@ def store(root: Path, number: int, size: int = 4) -> FeatureStore:
 def fill(one: FeatureStore) -> None:
     assert one.lock() == "write"
     for number in one.missing():
-        part = one.rows.shards()[number]
+        part = one.shards[number]
         tokens = sum(one.rows.lengths[part.start : part.stop])
         one.write(number, torch.arange(tokens * 2.0).view(tokens, 2))
 

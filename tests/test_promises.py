@@ -32,14 +32,18 @@ _PLACES = """
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
-    data.augment data.splits data.tasks data.preflight inputs
+    data.augment data.splits data.tasks data.preflight inputs shard_store
+    distillation.bit_packing distillation.likeliest distillation.drawing
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
     task_loss distillation.lessons distillation.teachers distillation.matching
     distillation.heads distillation.live distillation.distilled_loss distillation.supply
-    budget step checkpoints run_folder first_step trainer run_watch
+    budget step token_batches checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out feature_store feature_identity feature_rows features
+    distillation.lesson_coding distillation.lesson_store distillation.kept
+    distillation.lesson_identity distillation.lesson_making distillation.lesson_report
+    distillation.cached distillation.teach
     merging.side_files merging.tensors merging.merge
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format

@@ -55,7 +55,7 @@ def live_source(
                  f"teacher: {human_bytes(size)} of weights")  # fmt: skip
     paired = None
     if settings.loss == "uld":
-        paired = _paired_examples(recipe, inputs, teacher.tokenizer)
+        paired = paired_examples(recipe, inputs, teacher.tokenizer)
     return LiveTeacher(
         teacher,
         inputs.task,
@@ -66,7 +66,7 @@ def live_source(
     )
 
 
-def _paired_examples(recipe: Recipe, inputs: Inputs, tokenizer: object) -> dict[int, Example]:
+def paired_examples(recipe: Recipe, inputs: Inputs, tokenizer: object) -> dict[int, Example]:
     """The same rows in the teacher's own tokens and template, by the examples' numbers.
 
     Raises:
