@@ -29,7 +29,7 @@ from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.features import Features, cache_features
 from qft.files import new_folder, require_apart, write_json
-from qft.inputs import Inputs, open_inputs, require_possible
+from qft.inputs import Inputs, open_inputs, require_no_chain, require_possible
 from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.engine import Savers
 from qft.lean.model_parts import device_of
@@ -101,6 +101,7 @@ def train(
     folder = Path(recipe.output)
     _require_one_process()
     require_possible(recipe)
+    require_no_chain(recipe)
     local = [Path(p) for p in (recipe.model, recipe.data.train, recipe.data.eval) if p]
     require_apart(folder, *(path for path in local if path.exists()))
     start = find_start(folder, recipe, resume, overwrite, reporter)

@@ -51,7 +51,7 @@ _PLACES = """
     pruning.tables
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
-    export.formats export.verify opening generation written scoring export.delivery export
+    export.formats export.verify opening generation written scoring export.delivery export healing
     demo.docstrings demo.job
     cli
 """
