@@ -1,7 +1,8 @@
 """What layers of a model put out, caught as it passes: hidden states ``[batch, tokens, width]``.
 
 A layer's number counts from 0, as in the model's own names, through the stacks in the order data
-passes them. Nothing is copied: a layer's output is the next one's input, which the backward pass keeps in any case.
+passes them. Nothing is copied: a layer's output is the next one's input, which the backward pass
+keeps in any case.
 """
 
 from __future__ import annotations
