@@ -233,7 +233,7 @@ def test_draws_come_near_in_the_mean(model: Any, tmp_path: Path) -> None:
     wanted = gradients(live)[1]
     values["strategy"] |= {"cache": "samples", "draws": 8}
     each = []
-    for seed in range(12):
+    for seed in range(8):
         recipe = build_recipe({**values, "train": {**values["train"], "seed": seed}})
         settings = settings_in(recipe)
         assert settings is not None
@@ -241,7 +241,7 @@ def test_draws_come_near_in_the_mean(model: Any, tmp_path: Path) -> None:
         each.append(gradients(live)[1])
     mean = {name: sum(one[name] for one in each) / len(each) for name in wanted}
     alone = sum(distance(wanted, one) for one in each) / len(each)
-    assert distance(wanted, mean) < 0.45 * alone  # one over the root of twelve is 0.29
+    assert distance(wanted, mean) < 0.5 * alone  # one over the root of eight is 0.35
 
 
 # --- a training
