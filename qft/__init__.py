@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qft.export.delivery import merge
     from qft.opening import open_any
     from qft.preparation import prepare, unprepare
+    from qft.pruning.prune import prune
     from qft.recipe import Recipe, build_recipe, load_recipe
     from qft.scoring import evaluate
     from qft.training import train
@@ -32,6 +33,7 @@ _HOMES = {
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
     "prepare": "qft.preparation",
+    "prune": "qft.pruning.prune",
     "teach": "qft.distillation.teach",
     "train": "qft.training",
     "unprepare": "qft.preparation",
@@ -48,6 +50,7 @@ __all__ = [
     "merge",
     "open_any",
     "prepare",
+    "prune",
     "teach",
     "train",
     "unprepare",

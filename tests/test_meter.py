@@ -141,7 +141,7 @@ def stepped(kind: str, device: str, checkpointing: Any, savers: Savers) -> Readi
 
     if device == "real":
         return run()
-    with fake_step(model, device):
+    with fake_step(model, device=device):
         return run()
 
 
@@ -201,7 +201,7 @@ def test_a_quantized_step_counts_as_a_real_one(kind: str, tiny_llama: Path):
         return meter(lambda: model(input_ids=ids, labels=ids).loss.backward(), model=model)
 
     real_reading = reading(real, "cpu")
-    with fake_step(fake, "cpu"):
+    with fake_step(fake, device="cpu"):
         fake_reading = reading(fake, "cpu")
     above = [r.peak_bytes - r.static_bytes for r in (real_reading, fake_reading)]
     assert above[1] == pytest.approx(above[0], rel=0.02)

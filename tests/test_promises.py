@@ -45,6 +45,10 @@ _PLACES = """
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
     distillation.cached distillation.teach
     merging.side_files merging.tensors merging.merge
+    pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
+    pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
+    pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
+    pruning.tables
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
     export.formats export.verify opening generation written scoring export.delivery export
@@ -61,6 +65,7 @@ FRONTS = (
     "lean",
     "merging",
     "metrics",
+    "pruning",
 )  # packages that only describe
 
 

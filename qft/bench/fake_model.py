@@ -17,15 +17,16 @@ DEVICE = "meta"  # what the planned device is called
 
 
 @contextlib.contextmanager
-def fake_step(model: nn.Module, device: str = DEVICE) -> Iterator[None]:
-    """Within it the meta ``model`` is on fake tensors, and so is whatever is made.
+def fake_step(*models: nn.Module, device: str = DEVICE) -> Iterator[None]:
+    """Within it the meta ``models`` are on fake tensors, and so is whatever is made.
 
     Args:
-        model: prepared on the meta device; it stays fake afterwards.
+        models: prepared on the meta device; they stay fake afterwards.
         device: ``meta``, from which the host can be told, or ``cpu``.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
-        _fill(model, device)
+        for model in models:
+            _fill(model, device)
         with fused_attention():
             yield
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,11 @@ from qft import models
 from qft.bench.fake_model import DEVICE, fake_step
 from qft.bench.shapes import TASKS, shape_config
 from qft.errors import RecipeError, first_line
+from qft.lean.divergence import Divergence, LiveRows, Teacher, TopK
 from qft.lean.engine import Savers
+from qft.lean.label_loss import CrossEntropy, LogitLoss, Mixed
 from qft.lean.meter import CATEGORIES, Reading, meter
+from qft.lean.model_loss import install_model_loss, vocabulary_of
 from qft.lean.model_parts import is_encoder_decoder, writes_text
 from qft.lean.standins import EightBitAdam, quantize_skeleton
 from qft.preparation import Checkpointing, Offload, inner_model, prepare, prepared
@@ -49,13 +53,35 @@ class StepSettings:
     dtype: torch.dtype = torch.bfloat16
 
 
-def meter_step(settings: StepSettings, strategy: Strategy) -> Reading:
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Whose word a metered student hears; see `qft.distillation`.
+
+    Attributes:
+        shape: of the teacher; its vocabulary is the student's.
+        quantize: how its linear layers are held.
+        top_k: tokens a position, out of a cache; None is a teacher in memory.
+        weight: share of the distillation in the loss.
+    """
+
+    shape: str
+    quantize: Literal["none", "nf4", "fp4", "int8"] = "none"
+    top_k: int | None = None
+    weight: float = 0.5
+
+
+def meter_step(
+    settings: StepSettings, strategy: Strategy, teacher: TeacherSettings | None = None
+) -> Reading:
     """The second training step of a model of this shape: forward, backward, optimizer.
+
+    Args:
+        teacher: with one, the student is distilled by it.
 
     Raises:
         RecipeError: there is no such shape, or the strategy does not fit it.
     """
-    model, task = _skeleton(settings, strategy)
+    model, task = skeleton_of(settings, strategy)
     model = prepare(
         model,
         strategy,
@@ -64,19 +90,73 @@ def meter_step(settings: StepSettings, strategy: Strategy) -> Reading:
         savers=settings.savers,
         context=Context(task=task, total_steps=1000),
     )
-    with fake_step(model):
-        optimizer = _optimizer(model, settings.optimizer)
-        batch = _batch(model, settings)
+    beside = None
+    if teacher is not None and teacher.top_k is None:
+        beside, _ = skeleton_of(replace(settings, shape=teacher.shape, quantize=teacher.quantize),
+                              strategy)  # fmt: skip
+        beside.requires_grad_(False)
+    with fake_step(model, *([beside] if beside is not None else [])):
+        optimizer = optimizer_of(model, settings.optimizer)
+        batch = batch_of(model, settings)
+        source = None if teacher is None else FakeTeacher(beside, teacher.top_k, settings, batch)
 
         def step() -> None:
-            model(**batch).loss.backward()
+            extra = {}
+            if source is not None and teacher is not None:
+                extra = {"teaching": source.teaching(teacher.weight)}
+            model(**batch, **extra).loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return meter(step, model=model, optimizer=optimizer, device=DEVICE)
+        held = model if beside is None else nn.ModuleList([model, beside])
+        return meter(step, model=held, optimizer=optimizer, device=DEVICE)
 
 
-def _skeleton(settings: StepSettings, strategy: Strategy) -> tuple[nn.Module, str]:
+class FakeTeacher:
+    """Says nothing, in as many bytes as a teacher would need for it.
+
+    Args:
+        model: the teacher, on fake tensors; None where its word comes from a cache.
+        top_k: tokens a position, of a cache.
+        batch: the student's.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, top_k: int | None, settings: StepSettings, batch: Any
+    ) -> None:
+        self._model, self._top_k, self._batch = model, top_k, batch
+        self._labels = round(settings.label_share * batch["input_ids"].numel())
+        self._loss = None
+        if model is not None:
+            self._loss = install_model_loss(model.eval(), _dense_stand_in)
+            assert self._loss is not None
+            self._loss.fake_labels = self._labels
+
+    def teaching(self, weight: float) -> Callable[[CrossEntropy, int], LogitLoss]:
+        """A new lesson on the batch; a live teacher runs for it."""
+        teacher: Teacher
+        if self._loss is None:
+            assert self._top_k is not None
+            shape = (self._labels, self._top_k)
+            tokens = torch.zeros(shape, dtype=torch.int32, device=DEVICE)
+            teacher = TopK(tokens, torch.zeros(shape, dtype=torch.float16, device=DEVICE))
+        else:
+            with torch.no_grad():
+                states, head = self._loss.label_states(self._loss.model, dict(self._batch))
+            rows = vocabulary_of(self._loss.head)
+            teacher = LiveRows(states, head, rows, rows)
+        towards = Divergence(teacher)
+        return lambda labels, count: (
+            towards if weight == 1 else Mixed(labels, towards, (1 - weight, weight))
+        )
+
+
+def _dense_stand_in(layer: nn.Module) -> torch.Tensor:
+    raise NotImplementedError("an output layer is not quantized")
+
+
+def skeleton_of(settings: StepSettings, strategy: Strategy) -> tuple[nn.Module, str]:
+    """The model of a shape on the meta device, its linear layers quantized; and its task."""
     import transformers
 
     config = shape_config(settings.shape)
@@ -103,7 +183,8 @@ def _skeleton(settings: StepSettings, strategy: Strategy) -> tuple[nn.Module, st
     return model, task
 
 
-def _optimizer(model: nn.Module, name: Optimizer) -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, name: Optimizer) -> torch.optim.Optimizer:
+    """For what of the model trains."""
     trained = [p for p in model.parameters() if p.requires_grad]
     match name:
         case "adamw-8bit":
@@ -113,7 +194,8 @@ def _optimizer(model: nn.Module, name: Optimizer) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, foreach=False)
 
 
-def _batch(model: nn.Module, settings: StepSettings) -> dict[str, Any]:
+def batch_of(model: nn.Module, settings: StepSettings) -> dict[str, Any]:
+    """One batch, on the fake device."""
     inner: Any = inner_model(model)
     ids = torch.zeros(settings.batch, settings.length, dtype=torch.long, device=DEVICE)
     labels = ids

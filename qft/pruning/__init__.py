@@ -1,0 +1,4 @@
+"""Pruning: smaller models out of larger ones, as ordinary model folders.
+
+`layer_stream` runs rows through a model with one layer's weights in memory.
+"""
