@@ -113,6 +113,20 @@ def resolve_folder(source: str, trust: Trust | None = None) -> Path:
     return _fetch(source, trust)
 
 
+def is_here(source: str) -> bool:
+    """Whether a model's weights are on this machine, so that nothing need be fetched."""
+    path = Path(source).expanduser()
+    if path.exists() or not _HUB_ID.match(source):
+        return path.is_dir()
+    import huggingface_hub
+
+    try:
+        held = Path(huggingface_hub.snapshot_download(source, local_files_only=True))
+    except Exception:  # of many kinds, all meaning: not all of it is here
+        return False
+    return any(held.glob("*.safetensors")) or any(held.glob("*.bin"))
+
+
 def _fetch(source: str, trust: Trust) -> Path:
     import huggingface_hub
 

@@ -209,9 +209,8 @@ def test_all_of_it_kept_exactly_is_the_live_teacher(
     for micro_batch in (1, 4):
         loss, grads = gradients(live, micro_batch)
         again, same = gradients(cached, micro_batch)
-        assert again == pytest.approx(loss, rel=1e-5)
-        # with a class's gradient as a difference of nearly equal numbers, more is rounding
-        assert distance(grads, same) < 2e-5
+        assert again == pytest.approx(loss, rel=3e-6)
+        assert distance(grads, same) < 2e-6
 
 
 def test_fewer_tokens_and_float16_are_near(model: Any, tmp_path: Path) -> None:
@@ -233,7 +232,7 @@ def test_draws_come_near_in_the_mean(model: Any, tmp_path: Path) -> None:
     wanted = gradients(live)[1]
     values["strategy"] |= {"cache": "samples", "draws": 8}
     each = []
-    for seed in range(12):
+    for seed in range(8):
         recipe = build_recipe({**values, "train": {**values["train"], "seed": seed}})
         settings = settings_in(recipe)
         assert settings is not None
@@ -241,7 +240,7 @@ def test_draws_come_near_in_the_mean(model: Any, tmp_path: Path) -> None:
         each.append(gradients(live)[1])
     mean = {name: sum(one[name] for one in each) / len(each) for name in wanted}
     alone = sum(distance(wanted, one) for one in each) / len(each)
-    assert distance(wanted, mean) < 0.45 * alone  # one over the root of twelve is 0.29
+    assert distance(wanted, mean) < 0.5 * alone  # one over the root of eight is 0.35
 
 
 # --- a training
@@ -610,6 +609,27 @@ def test_a_whole_cache_does_without_the_teacher(model: Any, tmp_path: Path) -> N
     one, two = (load_file(r.folder / "adapter" / "trained_tensors.safetensors")
                 for r in (whole, again))  # fmt: skip
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_cache_spares_fetching_the_teacher(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+
+    def fetch(source: str, trust: Any) -> Path:
+        fetched.append(source)
+        return model("llama-teacher")
+
+    monkeypatch.setattr("qft.models._fetch", fetch)
+    values = recipe_values(tmp_path, model, top_k=8, teacher="someone/llama-teacher")
+    assert teach(values)["parts_made"] == 1  # there is no cache yet
+    assert fetched
+    fetched.clear()
+    assert teach(values)["parts_made"] == 0
+    assert not fetched
+    values["strategy"]["top_k"] = 9
+    assert teach(values)["parts_made"] == 1
+    assert fetched
 
 
 def no_shard(folder: Path) -> None:

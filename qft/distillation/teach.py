@@ -112,11 +112,23 @@ class TeacherCache:
             ) from None
 
     def _ready(self) -> CachedTeacher:
+        reason = ""
+        if not models.is_here(self.settings.teacher):  # a cache spares fetching it
+            found = self._without_teacher()
+            if isinstance(found, CachedTeacher):
+                return found
+            reason = found
         try:
             trust = models.Trust(self.recipe.allow_pickle, self.recipe.trust_remote_code)
             teacher_folder(self.settings.teacher, trust)
         except ModelError as error:
-            return self._without_teacher(error)
+            raise ModelError(
+                "The teacher is not there, and neither is a whole cache of what it would say.",
+                where=self.settings.teacher,
+                found=reason or error.found,
+                fix="name the teacher's folder or hub id; or strategy.cache_folder with a cache "
+                "that was made for this recipe",
+            ) from error
         self._describe()
         teacher = teacher_parts(self.recipe, self.settings, self.inputs)
         store = self._store({**self.asked, **teacher})
@@ -205,40 +217,30 @@ class TeacherCache:
         self._say(f"{sentence(self.kept, about)}, in {store.folder}")
         return CachedTeacher(store, self.kept.coding(about["vocabulary"]), about["shared"])
 
-    def _without_teacher(self, error: ModelError) -> CachedTeacher:
-        """From a whole cache of a teacher of this name, made for just this.
-
-        Raises:
-            ModelError: there is none.
-        """
-        candidates = {
-            folder: identity
+    def _without_teacher(self) -> CachedTeacher | str:
+        """From a whole cache of a teacher of this name, made for just this; or why not."""
+        candidates = [
+            identity
             for folder, identity in identities(self.root).items()
             if (about := _about(folder)) is not None and about["teacher"] == self.name
-        }
+        ]
         reason = f"no whole cache of {self.name} in {self.root}"
         if candidates and self.settings.hidden is not None:
-            reason = "hidden states are learned, which needs the teacher's config"
-        elif candidates:
+            return "hidden states are learned, which needs the teacher's config"
+        if candidates:
             self._describe()
-            for identity in candidates.values():
-                wrong = [name for name, value in self.asked.items() if identity.get(name) != value]
-                store = self._store(identity)
-                if not wrong and _usable(store):
-                    self._say(f"the teacher is not there; its cache was made in "
-                              f"{identity['dtype']} on {identity['device']}, with "
-                              f"{identity['software']}")  # fmt: skip
-                    return self._opened(store)
-                reason = f"a cache with another {' and '.join(wrong)}" if wrong else (
-                    "a cache that is not whole, or that another run is writing"
-                )  # fmt: skip
-        raise ModelError(
-            "The teacher is not there, and neither is a whole cache of what it would say.",
-            where=self.settings.teacher,
-            found=reason,
-            fix="name the teacher's folder or hub id; or strategy.cache_folder with a cache that "
-            "was made for this recipe",
-        ) from error
+        for identity in candidates:
+            wrong = [name for name, value in self.asked.items() if identity.get(name) != value]
+            store = self._store(identity)
+            if not wrong and _usable(store):
+                made = [str(identity.get(name)) for name in ("dtype", "device", "software")]
+                self._say(f"the teacher is not there; its cache was made in {made[0]} on {made[1]}, "
+                          f"with {made[2]}")  # fmt: skip
+                return self._opened(store)
+            reason = f"a cache with another {' and '.join(wrong)}" if wrong else (
+                "a cache that is not whole, or that another run is writing"
+            )  # fmt: skip
+        return reason
 
     def _say(self, text: str) -> None:
         self.reporter.say(f"teacher cache: {text}")
@@ -259,6 +261,8 @@ def _take(store: LessonStore, *, alone: bool) -> None:
             where=store.folder,
             fix="wait until it is done; then this one reads what it made",
         )
+    if not alone:  # checking every byte takes a while, in which others may read as well
+        store.share()
 
 
 def _usable(store: LessonStore) -> bool:
