@@ -87,8 +87,8 @@ def prune(
         task: where the model does not say.
         layers: the layers that go: ``10-15`` (depth).
         width: what shrinks: ``mlp``, ``heads``, ``hidden``, with or without ``=size`` (width).
-        importance: depth: ``influence`` or ``angular``; width: ``contribution``, ``activation``,
-            ``activation-l2`` or ``taylor``.
+        importance: depth: ``influence`` or ``angular``; width: ``activation``,
+            ``activation-mean`` or ``taylor``.
         multiple_of: MLP and hidden sizes are multiples of it.
         keep_first: so many first layers stay (depth).
         keep_last: so many last layers stay (depth).
