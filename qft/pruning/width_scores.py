@@ -48,8 +48,8 @@ def score_width(
     ``activation`` is the root mean square of a neuron's output over all tokens, a head's being the
     sum over its channels, a hidden channel's the same after every norm, summed; ``activation-mean``
     is the mean absolute value instead (both from Muralidharan et al. 2024, Minitron,
-    https://arxiv.org/abs/2407.14679). These hold one layer in memory. ``taylor`` is the first-order change of the
-    loss, ``|Σ activation · gradient|`` a row, averaged (Molchanov et al. 2019,
+    https://arxiv.org/abs/2407.14679). These hold one layer in memory. ``taylor`` is the first-order
+    change of the loss, ``|Σ activation · gradient|`` a row, averaged (Molchanov et al. 2019,
     https://arxiv.org/abs/1906.10771): it holds the whole model and a row's activations.
     """
     tally = _Tally(anatomy, importance)
