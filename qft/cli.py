@@ -435,8 +435,7 @@ def prune(
         str | None,
         typer.Option(
             "--importance",
-            help="depth: influence, angular; width: contribution, activation, activation-l2, "
-            "taylor.",
+            help="depth: influence, angular; width: activation, activation-mean, taylor.",
         ),
     ] = None,
     multiple_of: Annotated[
