@@ -54,7 +54,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "leanest": LEANEST, "leanest-unrounded": UNROUNDED, "defaults": {},
 }  # fmt: skip
 LAYERS = (2, 3)  # metered; bytes are affine in the depth
-LENGTHS = (8192, 16384)  # and, from a few thousand tokens on, in the length
+LENGTHS = (16384, 32768)  # and, from about ten thousand tokens on, in the length
+WORKSPACE_BYTES = 64 << 20  # that cuBLAS holds through the allocator, as measured
 
 
 def case_of(shape: str, settings: str, device: str = "cuda", dtype: str = "bfloat16",
@@ -134,6 +135,17 @@ def predicted_peak(case: Case) -> int:
     return round(_deep(readings, values["num_hidden_layers"], lambda r: r.peak_bytes))
 
 
+def beside(case: Case) -> int:
+    """What is held on a GPU and no meter of fake tensors sees.
+
+    Beside cuBLAS's workspaces that is the buffer into which 4-bit weights are dequantized.
+    """
+    size = TINY if case.shape == "tiny" else SHAPES[case.shape]
+    widest: int = size["hidden_size"] * size["intermediate_size"]
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    return WORKSPACE_BYTES + (widest * dtype.itemsize if case.quantize == "nf4" else 0)
+
+
 def metered(case: Case, layers: int) -> Reading:
     """The second step of a model of so many layers, on fake tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -147,7 +159,7 @@ def metered(case: Case, layers: int) -> Reading:
         if case.quantize != "none":
             quantize_skeleton(skeleton, case.quantize, ("lm_head",))
         model = prepared(with_lora(skeleton, case), case)
-    with fake_step(model):
+    with fake_step(model, on_cuda=True):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = (
             torch.optim.AdamW(trained, foreach=False)
@@ -177,11 +189,11 @@ def add_predictions(
     """A row a cap."""
     found = predict(case, lengths)
     for cap in caps:
-        tokens = found.largest((cap - outside) * GIB)
+        tokens = found.largest((cap - outside) * GIB - beside(case))
         rows.add(
             name_of(case, cap, settings), "qft", settings_of(case, cap, outside), tokens=tokens,
             **beside_published(cap, tokens), bytes_per_token=found.per_token,
-            fixed_bytes=round(found.fixed), resident_bytes=round(found.resident),
+            fixed_bytes=round(found.fixed), beside_bytes=beside(case), resident_bytes=round(found.resident),
             peak_phase=found.phase,
             peak_by_category={
                 name: round(zero + slope * tokens) for name, (zero, slope) in found.parts.items()
@@ -321,7 +333,7 @@ def measure(
         name_of(case, cap, settings), "qft", settings_of(case, cap, outside), tokens=tokens,
         **beside_published(cap, tokens), **steps.peaks.get(tokens, {}),
         tokens_per_second=tokens / steps.seconds[tokens] if tokens else None,
-        predicted_tokens=guess,
+        tried_first=guess,
         tried=[{"tokens": n, "fits": fits, **(steps.peaks.get(n, {}) if fits else {})}
                for n, fits in steps.tried.items()],
         reason="; ".join(dict.fromkeys(steps.reasons)) or None,
@@ -340,6 +352,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--outside-gib", type=float, default=0.75)
     options.add_argument("--longest", type=int, default=196608, help="not tried beyond")
     options.add_argument("--grain", type=int, default=1024)
+    options.add_argument("--guess", type=int, help="tokens; tried first, instead of the meter's")
     options.add_argument("--limit-seconds", type=float, default=float("inf"))
     chosen = options.parse_args(arguments)
     device = "none" if chosen.predict else chosen.device
@@ -363,7 +376,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for cap in caps:
             if time.monotonic() < until:
                 measure(rows, steps, case, name, cap, chosen.outside_gib, chosen.longest,
-                        chosen.grain, predicted_tokens(name_of(case, cap, name)))  # fmt: skip
+                        chosen.grain, chosen.guess or predicted_tokens(name_of(case, cap, name)),
+                        )  # fmt: skip
         del steps
         gc.collect()
         reset_peaks(device)

@@ -24,7 +24,7 @@ PARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("throughput.py",
      ("--shapes", "llama-3.1-8b", "--quantize", "nf4", "--lengths", "2048", "8192",
       "--block-seconds", "1"), 200),
-    ("peft_row.py", (), 60),
+    ("peft_row.py", (), 90),
     ("largest_context.py", ("--settings", "leanest", "--caps", "8", "12"), 200),
     ("largest_context.py", ("--settings", "leanest", "--caps", "16", "24"), 300),
     ("throughput.py", ("--shapes", "llama-3.1-8b"), 300),

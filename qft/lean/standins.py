@@ -5,7 +5,8 @@ Attention on the fake device
 kernel, whose bytes are those of any flash attention: queries, keys, values, outputs, and a float32
 number a query and head. Quantized layers hold as many bytes as bitsandbytes' own.
 
-Each is proven equal to a real step in the tests.
+Each is proven equal to a real step in the tests; what CUDA's kernel takes for itself (`OnCuda`) was
+read off its source and agrees with peaks that were measured on a GPU (`benchmarks/gpu`).
 """
 
 from __future__ import annotations
@@ -28,29 +29,71 @@ class FusedKernel(TorchFunctionMode):
 
     It is entered around each call: a layer that is run again in the backward pass is run outside
     of the modes that surround the whole step.
+
+    Args:
+        on_cuda: what CUDA's kernel takes for itself in the backward pass counts as well.
     """
+
+    def __init__(self, on_cuda: bool = False) -> None:
+        super().__init__()
+        self._on_cuda = on_cuda
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(*args, **(kwargs or {}))
+            return _attention(*args, **(kwargs or {}), on_cuda=self._on_cuda)
         return func(*args, **(kwargs or {}))
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False, on_cuda: bool = False,
 ) -> Tensor:  # fmt: skip
     """Keys and values of grouped queries are not repeated; the kernel takes them as they are."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
             attn_mask.logical_not(), float("-inf")
         )
+    if on_cuda:
+        made: Tensor = OnCuda.apply(query, key, value, is_causal, attn_mask, scale)  # type: ignore[no-untyped-call]
+        return made
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     result: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return result
+
+
+class OnCuda(torch.autograd.Function):
+    """The fused kernel with the memory that CUDA's takes for itself in the backward pass.
+
+    That is the queries' gradient and a sum a row in float32, and, where several heads share keys
+    and values, those heads' own gradients of them (FlashAttention 2 as torch has it).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        result, normalisers = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(query, key, value, result, normalisers)
+        ctx.settings = causal, mask, scale
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        query, key, value, result, normalisers = ctx.saved_tensors
+        causal, mask, scale = ctx.settings
+        room = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(normalisers)]
+        if key.shape[1] != query.shape[1]:
+            room += [torch.empty_like(query), torch.empty_like(query)]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        made = kernel(gradient, query, key, value, result, normalisers, 0.0, causal,
+                      attn_mask=mask, scale=scale)  # fmt: skip
+        del room
+        return (*made, None, None, None)
 
 
 @dataclass(frozen=True)
