@@ -298,9 +298,21 @@ def test_the_largest_context_by_the_meter(tmp_path: Path):
     (row,) = rows_of(tmp_path, "largest_context")
     assert row["predicted"] is True
     assert row["device"] == "none"
-    room = 7.25 * 2**30 - largest_context.beside(case)
+    room = 7.25 * 2**30 - largest_context.WORKSPACE_BYTES
     assert room - row["bytes_per_token"] <= found.peak_bytes(row["tokens"]) <= room
     assert sum(row["peak_by_category"].values()) == pytest.approx(room, rel=0.01)
+
+
+def test_peaks_of_the_engines_sides_can_be_predicted(tmp_path: Path):
+    throughput.main(["--predict", "--shapes", "tiny", "--quantize", "nf4", "--lengths", "2048",
+                     "--out", str(tmp_path)])  # fmt: skip
+    plain, offloaded = rows_of(tmp_path, "throughput")
+    assert (plain["side"], offloaded["side"]) == ("qft", "qft-offload")
+    assert plain["predicted"]
+    assert offloaded["predicted"]
+    assert plain["p50"] is None
+    workspace = largest_context.WORKSPACE_BYTES
+    assert workspace < offloaded["allocated_peak_bytes"] <= plain["allocated_peak_bytes"]
 
 
 def test_a_random_model_is_the_same_each_time_and_on_its_device():

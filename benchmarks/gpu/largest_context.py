@@ -40,6 +40,7 @@ from qft.lean.engine import Savers
 from qft.lean.meter import Reading, meter
 from qft.lean.standins import EightBitAdam, quantize_skeleton
 from qft.preparation import Offload, prepare
+from qft.quantization import Scratch
 
 GIB = 2**30
 PUBLISHED = {8: 2972, 12: 21848, 16: 40724, 24: 78475}  # Unsloth's blog and README, tokens
@@ -129,21 +130,11 @@ def _deep(readings: list[Reading], depth: int, of: Callable[[Reading], float]) -
 
 
 def predicted_peak(case: Case) -> int:
-    """The peak of a step of this very length; only the depth is drawn out."""
+    """The peak of a step of this very length on a GPU; only the depth is drawn out."""
     values = TINY if case.shape == "tiny" else SHAPES[case.shape]
     readings = _shallow(case)
-    return round(_deep(readings, values["num_hidden_layers"], lambda r: r.peak_bytes))
-
-
-def beside(case: Case) -> int:
-    """What is held on a GPU and no meter of fake tensors sees.
-
-    Beside cuBLAS's workspaces that is the buffer into which 4-bit weights are dequantized.
-    """
-    size = TINY if case.shape == "tiny" else SHAPES[case.shape]
-    widest: int = size["hidden_size"] * size["intermediate_size"]
-    dtype: torch.dtype = getattr(torch, case.dtype)
-    return WORKSPACE_BYTES + (widest * dtype.itemsize if case.quantize == "nf4" else 0)
+    peak = _deep(readings, values["num_hidden_layers"], lambda reading: reading.peak_bytes)
+    return round(peak) + WORKSPACE_BYTES
 
 
 def metered(case: Case, layers: int) -> Reading:
@@ -157,7 +148,7 @@ def metered(case: Case, layers: int) -> Reading:
         skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
         skeleton.tie_weights()
         if case.quantize != "none":
-            quantize_skeleton(skeleton, case.quantize, ("lm_head",))
+            quantize_skeleton(skeleton, case.quantize, ("lm_head",), Scratch())
         model = prepared(with_lora(skeleton, case), case)
     with fake_step(model, on_cuda=True):
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -189,11 +180,12 @@ def add_predictions(
     """A row a cap."""
     found = predict(case, lengths)
     for cap in caps:
-        tokens = found.largest((cap - outside) * GIB - beside(case))
+        tokens = found.largest((cap - outside) * GIB - WORKSPACE_BYTES)
         rows.add(
             name_of(case, cap, settings), "qft", settings_of(case, cap, outside), tokens=tokens,
             **beside_published(cap, tokens), bytes_per_token=found.per_token,
-            fixed_bytes=round(found.fixed), beside_bytes=beside(case), resident_bytes=round(found.resident),
+            fixed_bytes=round(found.fixed), workspace_bytes=WORKSPACE_BYTES,
+            resident_bytes=round(found.resident),
             peak_phase=found.phase,
             peak_by_category={
                 name: round(zero + slope * tokens) for name, (zero, slope) in found.parts.items()

@@ -12,9 +12,9 @@ read off its source and agrees with peaks that were measured on a GPU (`benchmar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class FusedKernel(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(*args, **(kwargs or {}), on_cuda=self._on_cuda)
+            return _attention(*args, **{**(kwargs or {}), "on_cuda": self._on_cuda})
         return func(*args, **(kwargs or {}))
 
 
@@ -76,6 +76,7 @@ class OnCuda(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None,
         scale: float | None,
     ) -> Tensor:  # fmt: skip
+        """As the CPU's kernel."""
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         result, normalisers = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
         ctx.save_for_backward(query, key, value, result, normalisers)
@@ -84,6 +85,7 @@ class OnCuda(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """As the CPU's kernel, with that memory held."""
         query, key, value, result, normalisers = ctx.saved_tensors
         causal, mask, scale = ctx.settings
         room = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(normalisers)]
@@ -120,13 +122,26 @@ def quantized_bytes(kind: str, rows: int, columns: int) -> QuantizedBytes:
     return QuantizedBytes(math.ceil(count / 2), blocks, 4 * math.ceil(blocks / _SECOND_BLOCK) + 4)
 
 
-class QuantizedLinear(nn.Linear):
-    """A linear layer that holds a quantized weight's bytes; on meta and fake tensors only."""
+class Room(Protocol):
+    """Memory that several weights are dequantized into (`qft.quantization.Scratch`)."""
 
-    def __init__(self, plain: nn.Linear, kind: str) -> None:
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor to write into."""
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that holds a quantized weight's bytes; on meta and fake tensors only.
+
+    Args:
+        plain: whose shape it has.
+        kind: see `quantized_bytes`.
+        room: what its weight is dequantized into; None is a new tensor each time.
+    """
+
+    def __init__(self, plain: nn.Linear, kind: str, room: Room | None = None) -> None:
         nn.Module.__init__(self)  # not a linear layer's own: it would make a dense weight
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.kind, self.dtype = kind, plain.weight.dtype
+        self.kind, self.dtype, self.room = kind, plain.weight.dtype, room
         size = quantized_bytes(kind, plain.out_features, plain.in_features)
         device = plain.weight.device
         self.weight = nn.Parameter(
@@ -141,9 +156,10 @@ class QuantizedLinear(nn.Linear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """As many bytes as dequantizing takes."""
-        return torch.empty(
-            self.out_features, self.in_features, dtype=dtype, device=self.weight.device
-        )
+        shape, device = (self.out_features, self.in_features), self.weight.device
+        if self.room is not None:
+            return self.room.take(shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """As bitsandbytes: the weight is dequantized, and not kept for the backward pass."""
@@ -172,12 +188,14 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.dense(gradient.dtype), None
 
 
-def quantize_skeleton(model: nn.Module, kind: str, keep: tuple[str, ...] = ()) -> None:
+def quantize_skeleton(
+    model: nn.Module, kind: str, keep: tuple[str, ...] = (), room: Room | None = None
+) -> None:
     """Replaces a meta model's linear layers, but for those named, by `QuantizedLinear`."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name not in keep:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, QuantizedLinear(module, kind))
+            setattr(model.get_submodule(parent), child, QuantizedLinear(module, kind, room))
 
 
 class EightBitAdam(torch.optim.Optimizer):
