@@ -234,8 +234,8 @@ class TeacherCache:
             store = self._store(identity)
             if not wrong and _usable(store):
                 made = [str(identity.get(name)) for name in ("dtype", "device", "software")]
-                self._say(f"the teacher is not there; its cache was made in {made[0]} on {made[1]}, "
-                          f"with {made[2]}")  # fmt: skip
+                self._say(f"the teacher is not there; its cache was made in {made[0]} on "
+                          f"{made[1]}, with {made[2]}")  # fmt: skip
                 return self._opened(store)
             reason = f"a cache with another {' and '.join(wrong)}" if wrong else (
                 "a cache that is not whole, or that another run is writing"
