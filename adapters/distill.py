@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from qft.distillation.objective import Distillation, DistillSettings
+from qft.distillation.objective import WRITING_TASKS, Distillation, DistillSettings
 from qft.strategy import BaseTensors, Context, Merge, Needs, Objective, Strategy
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class Distill(DistillSettings, Strategy):
 
     @property
     def tasks(self) -> frozenset[str]:
-        """The student's."""
-        return self.student.tasks
+        """The student's; answers are written only where rows ask for them."""
+        return self.student.tasks & frozenset(WRITING_TASKS) if self.writes else self.student.tasks
 
     @property
     def handed_over(self) -> Strategy:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qft.distillation.teach import teach
     from qft.errors import QftError
     from qft.export.delivery import merge
+    from qft.healing import heal
     from qft.opening import open_any
     from qft.preparation import prepare, unprepare
     from qft.pruning.prune import prune
@@ -29,6 +30,7 @@ _HOMES = {
     "build_recipe": "qft.recipe",
     "check": "qft.checking",
     "evaluate": "qft.scoring",
+    "heal": "qft.healing",
     "load_recipe": "qft.recipe",
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
@@ -46,6 +48,7 @@ __all__ = [
     "check",
     "evaluate",
     "export",
+    "heal",
     "load_recipe",
     "merge",
     "open_any",

@@ -140,6 +140,28 @@ def teach(
 
 
 @app.command()
+def heal(
+    recipe: Annotated[Path, typer.Argument(help="The recipe (YAML), with `prune`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.sub=value, for example prune.ratio=0.5.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a former chain in the output folder.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Prune a model, train what is left, merge and export it; the same command goes on."""
+    from qft.healing import heal as run
+    from qft.healing import table
+    from qft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    result = run(loaded, overwrite=overwrite, reporter=_reporter(quiet, as_json))
+    _print(result, as_json, lambda: print("\n".join([*table(result), loaded.output])))
+
+
+@app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
     overrides: Annotated[
@@ -413,8 +435,7 @@ def prune(
         str | None,
         typer.Option(
             "--importance",
-            help="depth: influence, angular; width: contribution, activation, activation-l2, "
-            "taylor.",
+            help="depth: influence, angular; width: activation, activation-mean, taylor.",
         ),
     ] = None,
     multiple_of: Annotated[

@@ -66,19 +66,49 @@ def generate(
         else _encode(tokenizer, prompt, chat, functions)
         for prompt, functions in zip(asked, shown, strict=True)
     ]
+    written = continue_tokens(
+        model, tokenizer, encoded, max_new_tokens=max_new_tokens, temperature=temperature,
+        top_p=top_p, seed=seed, chat=chat, micro_batch=micro_batch,
+    )  # fmt: skip
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
+
+
+def continue_tokens(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    micro_batch: int = 8,
+) -> list[list[int]]:
+    """Continues tokens with tokens, up to and with the one that ends a text.
+
+    Args:
+        prompts: what a decoder continues, or an encoder reads.
+        chat: the template's own turns end a text too.
+
+    Returns:
+        The new tokens of each prompt, in their order.
+    """
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
-    texts = [""] * len(encoded)
-    order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding
+    stops = set(settings.get("eos_token_id", ()))
+    written: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     with evaluating(model), _own_randomness(model, seed):
         for start in range(0, len(order), micro_batch):
             places = order[start : start + micro_batch]
-            batch = _padded([encoded[i] for i in places], pad_id(tokenizer), model)
+            batch = _padded([prompts[i] for i in places], pad_id(tokenizer), model)
             out = _generate(model, batch, settings)
             # an encoder-decoder's answer holds no prompt, but the token its decoder begins with
             new = out[:, 1 if _has_decoder(model) else batch["input_ids"].shape[1] :]
-            for place, ids in zip(places, new, strict=True):
-                texts[place] = str(tokenizer.decode(ids, skip_special_tokens=True))
-    return texts
+            for place, ids in zip(places, new.tolist(), strict=True):
+                end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+                written[place] = ids[:end]
+    return written
 
 
 def stream_chat(

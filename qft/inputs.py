@@ -113,6 +113,18 @@ def require_possible(recipe: Recipe) -> None:
         )
 
 
+def require_no_chain(recipe: Recipe) -> None:
+    """Refuses a recipe that asks for more than a training.
+
+    Raises:
+        RecipeError: it prunes or exports.
+    """
+    for key in ("prune", "export"):
+        if getattr(recipe, key):
+            raise RecipeError("This recipe does more than train.", where=key,
+                              fix="qft heal RECIPE; or leave it out")  # fmt: skip
+
+
 def _require_fitting_knobs(recipe: Recipe) -> None:
     """Knobs that mean something for some tasks only."""
     train, labelled = recipe.train, ("classify", "token")

@@ -271,6 +271,20 @@ class Train(Settings):
     seed: int = Field(0, ge=0, lt=2**32, description="decides initial adapters, order and dropout")
 
 
+class Prune(Settings):
+    """What is cut out of the model before it trains (`qft heal`); as `qft prune` takes it."""
+
+    method: str = Field("depth", description="depth, width, magnitude, wanda or sparsegpt")
+    ratio: float | None = Field(None, gt=0, lt=1, description="share of all parameters that goes")
+    params: str | int | None = Field(None, description="or parameters that stay at most: 1.0B")
+    size: str | int | None = Field(None, description="or bytes of weights that stay: 500MiB")
+    layers: str | None = Field(None, description="depth: the layers that go: 10-15")
+    width: str | None = Field(None, description="width: what shrinks: mlp, heads, hidden=512")
+    pattern: str | None = Field(None, description="magnitude, wanda, sparsegpt: 2:4")
+    importance: str | None = Field(None, description="how parts are scored; else the usual way")
+    calibration_rows: int = Field(128, ge=1, description="training rows that are scored")
+
+
 def _strategy(value: Any) -> Any:
     if isinstance(value, str):
         value = {"name": value}
@@ -298,6 +312,12 @@ class Recipe(Settings):
     )
     memory: Memory = Field(default_factory=Memory, description="what is traded for memory")
     train: Train = Field(default_factory=Train, description="how the training runs")
+    prune: Prune | None = Field(
+        None, description="`qft heal` first cuts this out of the model, then trains what is left"
+    )
+    export: tuple[str, ...] = Field(
+        (), description="`qft heal` then also writes these formats: [gguf:q8_0]"
+    )
     output: str = Field(description="the run folder to write")
     allow_pickle: bool = Field(False, description="load .bin weights, which can run code")
     trust_remote_code: bool = Field(False, description="run Python files that come with the model")

@@ -78,6 +78,11 @@ class Share:
 class StepLoss(Protocol):
     """What a step minimises: the task's own loss, or one that a teacher has a say in."""
 
+    def examples(
+        self, model: nn.Module, examples: Sequence[Example], step: int
+    ) -> Sequence[Example]:
+        """What a step trains on, asked once before it; see `qft.task_loss.TaskLoss`."""
+
     def items(self, task: Task, batch: Mapping[str, Tensor]) -> float:
         """See `qft.task_loss.TaskLoss`."""
 

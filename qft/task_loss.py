@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qft.data.encoding import UNSUPERVISED
@@ -47,6 +47,12 @@ class TaskLoss:
         labels = batch["labels"]
         kept = labels[labels != UNSUPERVISED]
         return float(torch.tensor(self.class_weights)[kept].sum())
+
+    def examples(
+        self, model: nn.Module, examples: Sequence[Example], step: int
+    ) -> Sequence[Example]:
+        """What a step trains on: the data's own."""
+        return examples
 
     def arguments(self, rows: Sequence[Row], *, chunked: bool) -> dict[str, Any]:
         """What the model's forward is told beside the batch.

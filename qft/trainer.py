@@ -137,11 +137,12 @@ class StepTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward of one whole optimizer step."""
         model.train()
+        step = self.state.global_step + 1
         result = accumulate_gradients(
             model,
-            inputs,
+            self.job.loss.examples(model, inputs, step),
             self.job.task,
-            step=self.state.global_step + 1,
+            step=step,
             micro_batch=self.micro_batch,
             pad_token_id=self.job.pad_token_id,
             strategy=self.job.strategy,

@@ -23,13 +23,15 @@ from qft.data.packing import PACKABLE
 from qft.data.tasks import Example, ExampleSet, pad_id
 from qft.distillation.cached import CachedTeacher
 from qft.distillation.distilled_loss import DistilledLoss
+from qft.distillation.own_texts import OwnTexts
 from qft.distillation.supply import live_source, settings_in, teacher_layers
 from qft.distillation.teach import TeacherCache
+from qft.distillation.teacher_texts import with_teacher_texts
 from qft.errors import Interrupted, RecipeError
 from qft.evaluation import evaluate
 from qft.features import Features, cache_features
 from qft.files import new_folder, require_apart, write_json
-from qft.inputs import Inputs, open_inputs, require_possible
+from qft.inputs import Inputs, open_inputs, require_no_chain, require_possible
 from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.engine import Savers
 from qft.lean.model_parts import device_of
@@ -101,6 +103,7 @@ def train(
     folder = Path(recipe.output)
     _require_one_process()
     require_possible(recipe)
+    require_no_chain(recipe)
     local = [Path(p) for p in (recipe.model, recipe.data.train, recipe.data.eval) if p]
     require_apart(folder, *(path for path in local if path.exists()))
     start = find_start(folder, recipe, resume, overwrite, reporter)
@@ -134,7 +137,7 @@ def _require_one_process() -> None:
 
 
 def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Opened:
-    inputs = open_inputs(recipe, reporter)
+    inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
     ready = make_ready(recipe, inputs)
     base, skeleton, held = inputs.base, ready.skeleton, ready.held
     lessons = _cached_lessons(recipe, inputs, reporter)  # while the teacher has the memory alone
@@ -379,7 +382,13 @@ def _loss(
         return own
     pairs = teacher_layers(recipe, settings, inputs)
     source = lessons or live_source(recipe, settings, inputs, reporter, list(pairs.values()))
-    return DistilledLoss(own, settings, source, inputs.task, model, pairs, inputs.train.labels_are)
+    own_texts = None
+    if settings.on_policy:
+        train = recipe.train
+        own_texts = OwnTexts(settings, inputs.tokenizer, train.max_length, train.seed)
+    return DistilledLoss(
+        own, settings, source, inputs.task, model, pairs, inputs.train.labels_are, own_texts
+    )
 
 
 def _task_loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:

@@ -232,7 +232,7 @@ def test_every_strategy_sees_its_teacher(strategy: str):
             gradients_of(
                 student, decoder(1, layers=3).float(), TASKS["instruct"], text_examples(),
                 settings(hidden={"projection": "fixed"}), micro_batch=micro_batch,
-                strategy=entry, shared=100, pairs={1: 1, 2: 3},
+                strategy=entry, shared=100, pairs={0: 0, 1: 2},
             )
         )  # fmt: skip
     assert float(results[0][0]) == pytest.approx(float(results[1][0]), rel=1e-5)
@@ -344,7 +344,7 @@ def test_other_divergences_of_heads(loss: Any):
 @pytest.mark.parametrize("projection", ["learned", "fixed"])
 @pytest.mark.parametrize("tokens", ["supervised", "all"])
 def test_hidden_states(distance: Any, projection: Any, tokens: Any, monkeypatch: Any):
-    teacher, pairs = decoder(1, layers=3, width=48), {1: 2, 2: 3}
+    teacher, pairs = decoder(1, layers=3, width=48), {0: 1, 1: 2}
     chosen = settings(
         loss="none",
         hidden={"distance": distance, "projection": projection, "tokens": tokens, "weight": 2.0},
@@ -402,7 +402,7 @@ def test_hidden_states(distance: Any, projection: Any, tokens: Any, monkeypatch:
 def caught(model: nn.Module, ids: Tensor, number: int) -> Tensor:
     """A layer's own output for one text, ``[tokens, width]``."""
     held: list[Tensor] = []
-    layer = model.model.layers[number - 1]  # type: ignore[union-attr, index]
+    layer = model.model.layers[number]  # type: ignore[union-attr, index]
     hook = layer.register_forward_hook(
         lambda module, args, out: held.append(out[0] if isinstance(out, tuple) else out)
     )
@@ -414,9 +414,9 @@ def caught(model: nn.Module, ids: Tensor, number: int) -> Tensor:
 def test_hidden_states_of_both_halves_and_of_classifiers():
     """The loss is the same however the examples are split: only the right positions count."""
     cases = [
-        (translator, TASKS["seq2seq"], text_examples(shifted=False), {1: 1, 4: 4}),
+        (translator, TASKS["seq2seq"], text_examples(shifted=False), {0: 0, 3: 3}),
         (lambda seed: encoder("SequenceClassification", seed, num_labels=3), TASKS["classify"],
-         head_examples("one"), {2: 2}),
+         head_examples("one"), {1: 1}),
     ]  # fmt: skip
     for make, task, examples, pairs in cases:
         losses = [
@@ -430,11 +430,11 @@ def test_hidden_states_of_both_halves_and_of_classifiers():
 
 
 def test_which_layer_learns_from_which():
-    assert layer_pairs("auto", 3, 6) == {1: 2, 2: 4, 3: 6}
-    assert layer_pairs("auto", 4, 4) == {1: 1, 2: 2, 3: 3, 4: 4}
-    assert layer_pairs("last", 3, 12) == {3: 12}
+    assert layer_pairs("auto", 3, 6) == {0: 1, 1: 3, 2: 5}
+    assert layer_pairs("auto", 4, 4) == {0: 0, 1: 1, 2: 2, 3: 3}
+    assert layer_pairs("last", 3, 12) == {2: 11}
     with pytest.raises(RecipeError, match="no such layer"):
-        layer_pairs({4: 1}, 3, 12)
+        layer_pairs({3: 1}, 3, 12)
 
 
 # --- what does not belong together
@@ -471,7 +471,7 @@ def test_classes_are_matched_by_name():
         ({"loss": "uld", "temperature": 2.0}, "uld"),
         ({"loss": "jsd", "cache": "samples"}, "without bias"),
         ({"on_policy": 0.5}, "cache: off"),
-        ({"hidden": {"layers": {0: 1}}}, "count from 1"),
+        ({"hidden": {"layers": {-1: 1}}}, "count from 0"),
         ({"student": "distill"}, "student"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapters.lora import LoRA
 from qft import models
@@ -18,8 +19,15 @@ from qft.bench.shapes import SHAPES, shape_config
 from qft.bench.step import PLAIN, StepSettings, meter_step
 from qft.lean.engine import Savers
 from qft.lean.meter import Meter, Reading, meter
-from qft.lean.standins import EightBitAdam, quantize_skeleton, quantized_bytes
+from qft.lean.standins import (
+    EightBitAdam,
+    FusedKernel,
+    OnCuda,
+    quantize_skeleton,
+    quantized_bytes,
+)
 from qft.preparation import prepare, prepared
+from qft.quantization import Scratch
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -205,6 +213,43 @@ def test_a_quantized_step_counts_as_a_real_one(kind: str, tiny_llama: Path):
         fake_reading = reading(fake, "cpu")
     above = [r.peak_bytes - r.static_bytes for r in (real_reading, fake_reading)]
     assert above[1] == pytest.approx(above[0], rel=0.02)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_what_cudas_attention_takes_for_itself_can_count(heads: int):
+    torch.manual_seed(0)
+    shapes = [(1, 4, 64, 16), (1, heads, 64, 16), (1, heads, 64, 16)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *inputs, is_causal=True, enable_gqa=True
+    )
+    wanted = torch.autograd.grad(wanted.square().sum(), inputs)
+    found = OnCuda.apply(*inputs, True, None, None)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), inputs), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+    def peak(on_cuda: bool) -> int:
+        with FakeTensorMode(), FusedKernel(on_cuda):
+            fakes = [torch.empty(s, device="meta", requires_grad=True) for s in shapes]
+
+            def step() -> None:
+                attend = torch.nn.functional.scaled_dot_product_attention
+                attend(*fakes, is_causal=True, enable_gqa=True).sum().backward()
+
+            return meter(step, device="meta").peak_bytes
+
+    queries, sums = 4 * 4 * 64 * 16, 4 * 4 * 64  # bytes, in float32
+    assert peak(True) - peak(False) == queries + sums + (2 * queries if heads == 2 else 0)
+
+
+def test_layers_share_the_room_they_are_dequantized_into():
+    room = Scratch()
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Linear(64, 4))
+    quantize_skeleton(model, "nf4", room=room)
+    first, second = (layer.dense(torch.float32) for layer in model)
+    assert (first.shape, second.shape) == ((64, 8), (4, 64))
+    assert first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 def test_the_8_bit_optimizers_stand_in_holds_what_bitsandbytes_holds():

@@ -36,14 +36,15 @@ _PLACES = """
     distillation.bit_packing distillation.likeliest distillation.drawing
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
     task_loss distillation.lessons distillation.teachers distillation.matching
-    distillation.heads distillation.live distillation.distilled_loss distillation.supply
+    distillation.heads distillation.live distillation.supply
     budget step token_batches checkpoints run_folder first_step trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
+    generation distillation.own_texts distillation.distilled_loss
     packing_check held_out feature_store feature_identity feature_rows features
     distillation.lesson_coding distillation.lesson_store distillation.kept
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
-    distillation.cached distillation.teach
+    distillation.cached distillation.teacher_texts distillation.teach
     merging.side_files merging.tensors merging.merge
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
@@ -51,7 +52,7 @@ _PLACES = """
     pruning.tables
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
-    export.formats export.verify opening generation written scoring export.delivery export
+    export.formats export.verify opening written scoring export.delivery export healing
     demo.docstrings demo.job
     cli
 """

@@ -93,6 +93,10 @@ def random_model(case: Case, seed: int = 0) -> Any:
             _fill(module, case.device, generator)
     model.tie_weights()
     model.config.use_cache = False
+    if case.quantize == "nf4":
+        model.is_loaded_in_4bit = (
+            True  # as from_pretrained says it, so that PEFT takes its own layer
+        )
     return model
 
 

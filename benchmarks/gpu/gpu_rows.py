@@ -117,11 +117,12 @@ def peaks(device: str) -> dict[str, int | None]:
     }
 
 
-def reset_peaks(device: str) -> None:
-    """Peaks count from here; what nobody holds goes back to the device."""
+def reset_peaks(device: str, *, empty: bool = True) -> None:
+    """Peaks count from here; with ``empty`` what nobody holds goes back to the device."""
     if device == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        if empty:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
@@ -149,6 +150,38 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     return made
 
 
+def around(fits: Callable[[int], bool], guess: int, high: int, grain: int) -> int:
+    """The largest multiple of ``grain`` up to ``high`` that fits; 0 where none does.
+
+    It tries the guess, goes on from there in steps that double, and halves what is left.
+    """
+    best, too_long = 0, (high // grain + 1) * grain
+    reach = min(max(grain, guess // grain * grain), too_long - grain)
+    step = max(grain, reach // 32 // grain * grain)
+    found = upwards = fits(reach)
+    while True:
+        if found:
+            best = reach
+        else:
+            too_long = reach
+        if found != upwards or too_long - best <= grain:
+            return _halved(fits, best, too_long, grain)
+        reach = min(reach + step, too_long - grain) if upwards else max(reach - step, grain)
+        found = fits(reach)
+        step *= 2
+
+
+def _halved(fits: Callable[[int], bool], best: int, too_long: int, grain: int) -> int:
+    """What fits between a length that does (or 0) and one that does not."""
+    while too_long - best > grain:
+        middle = (best + too_long) // 2 // grain * grain
+        if fits(middle):
+            best = middle
+        else:
+            too_long = middle
+    return best
+
+
 def largest(fits: Callable[[int], bool], low: int, high: int, grain: int) -> int:
     """The largest multiple of ``grain`` in ``[low, high]`` that fits; 0 where none does.
 
@@ -158,11 +191,4 @@ def largest(fits: Callable[[int], bool], low: int, high: int, grain: int) -> int
     too_long = (high // grain + 1) * grain
     while reach < too_long and fits(reach):
         best, reach = reach, reach * 2
-    too_long = min(too_long, reach)
-    while too_long - best > grain:
-        middle = (best + too_long) // 2 // grain * grain
-        if fits(middle):
-            best = middle
-        else:
-            too_long = middle
-    return best
+    return _halved(fits, best, min(too_long, reach), grain)

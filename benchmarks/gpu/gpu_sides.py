@@ -37,6 +37,11 @@ def qft_side(case: Case) -> Opened:
     return model, lambda batch: model(**batch).loss
 
 
+def qft_offload_side(case: Case) -> Opened:
+    """The engine, with the inputs of recomputed layers in the host's memory."""
+    return qft_side(replace(case, offload="host"))
+
+
 def peft_side(case: Case) -> Opened:
     """PEFT as its quick start has it, with transformers' gradient checkpointing and loss."""
     model = with_lora(random_model(case), case)
@@ -136,6 +141,7 @@ def _tokenizer() -> Any:
 
 SIDES: dict[str, tuple[Callable[[Case], Opened], str | None]] = {  # and the package it needs
     "qft": (qft_side, None),
+    "qft-offload": (qft_offload_side, None),
     "peft": (peft_side, None),
     "peft-autocast": (peft_autocast_side, None),
     "liger": (liger_side, "liger_kernel"),
@@ -159,7 +165,10 @@ class Runs(Protocol):
         """Makes its model and takes two steps: ``seconds`` of the second, or a ``reason``."""
 
     def block(self, steps: int) -> dict[str, Any]:
-        """Takes steps: ``tokens``, ``seconds``, ``loss``, peaks; or a ``reason``."""
+        """Takes a step, then those that are timed: ``tokens``, ``seconds``, ``loss``, peaks.
+
+        Or a ``reason``. The first step asks the device for the memory that the others use again.
+        """
 
     def close(self) -> None:
         """Frees the model."""
@@ -192,9 +201,12 @@ class Side:
         """See `Runs`."""
         assert self._state is not None
         device = self._state[3].device
-        reset_peaks(device)
         try:
-            return {**self._timed(steps), **peaks(device)}
+            self._steps(1)
+            reset_peaks(device, empty=False)
+            found = {**self._timed(steps), **peaks(device)}
+            reset_peaks(device)  # the other sides need the memory
+            return found
         except Exception as error:
             reason = reason_of(error)
         self.close()

@@ -11,15 +11,27 @@ of the allocator (CUDA's context, libraries, rounding) is taken off it first.
 from __future__ import annotations
 
 import gc
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_models import TINY, Case, batch_of, optimizer_of, random_model, with_lora
-from gpu_rows import Rows, is_out_of_memory, largest, parser, peaks, reason_of, reset_peaks
+from gpu_rows import (
+    ROOT,
+    Rows,
+    around,
+    is_out_of_memory,
+    largest,
+    parser,
+    peaks,
+    reason_of,
+    reset_peaks,
+)
 from torch import nn
 
 from qft.bench.fake_model import DEVICE, fake_step
@@ -28,6 +40,7 @@ from qft.lean.engine import Savers
 from qft.lean.meter import Reading, meter
 from qft.lean.standins import EightBitAdam, quantize_skeleton
 from qft.preparation import Offload, prepare
+from qft.quantization import Scratch
 
 GIB = 2**30
 PUBLISHED = {8: 2972, 12: 21848, 16: 40724, 24: 78475}  # Unsloth's blog and README, tokens
@@ -42,7 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "leanest": LEANEST, "leanest-unrounded": UNROUNDED, "defaults": {},
 }  # fmt: skip
 LAYERS = (2, 3)  # metered; bytes are affine in the depth
-LENGTHS = (8192, 16384)  # and, from a few thousand tokens on, in the length
+LENGTHS = (16384, 32768)  # and, from about ten thousand tokens on, in the length
+WORKSPACE_BYTES = 64 << 20  # that cuBLAS holds through the allocator, as measured
 
 
 def case_of(shape: str, settings: str, device: str = "cuda", dtype: str = "bfloat16",
@@ -85,14 +99,10 @@ def predict(case: Case, lengths: tuple[int, int] = LENGTHS) -> Prediction:
     """From steps of two depths and two lengths on fake tensors."""
     values = dict(TINY if case.shape == "tiny" else SHAPES[case.shape])
     depth: int = values["num_hidden_layers"]
-    at = {
-        length: [metered(replace(case, length=length), layers) for layers in LAYERS]
-        for length in lengths
-    }
+    at = {length: _shallow(replace(case, length=length)) for length in lengths}
 
     def deep(readings: list[Reading], of: Callable[[Reading], float]) -> float:
-        first, second = of(readings[0]), of(readings[1])
-        return first + (depth - LAYERS[0]) * (second - first) / (LAYERS[1] - LAYERS[0])
+        return _deep(readings, depth, of)
 
     def line(of: Callable[[Reading], float]) -> tuple[float, float]:
         low, high = (deep(at[length], of) for length in lengths)
@@ -109,6 +119,24 @@ def predict(case: Case, lengths: tuple[int, int] = LENGTHS) -> Prediction:
     return Prediction(fixed, slope, resident, parts, last[0].peak.phase)
 
 
+def _shallow(case: Case) -> list[Reading]:
+    return [metered(case, layers) for layers in LAYERS]
+
+
+def _deep(readings: list[Reading], depth: int, of: Callable[[Reading], float]) -> float:
+    """Of a model of so many layers."""
+    first, second = of(readings[0]), of(readings[1])
+    return first + (depth - LAYERS[0]) * (second - first) / (LAYERS[1] - LAYERS[0])
+
+
+def predicted_peak(case: Case) -> int:
+    """The peak of a step of this very length on a GPU; only the depth is drawn out."""
+    values = TINY if case.shape == "tiny" else SHAPES[case.shape]
+    readings = _shallow(case)
+    peak = _deep(readings, values["num_hidden_layers"], lambda reading: reading.peak_bytes)
+    return round(peak) + WORKSPACE_BYTES
+
+
 def metered(case: Case, layers: int) -> Reading:
     """The second step of a model of so many layers, on fake tensors."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -120,9 +148,9 @@ def metered(case: Case, layers: int) -> Reading:
         skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, case.dtype))
         skeleton.tie_weights()
         if case.quantize != "none":
-            quantize_skeleton(skeleton, case.quantize, ("lm_head",))
+            quantize_skeleton(skeleton, case.quantize, ("lm_head",), Scratch())
         model = prepared(with_lora(skeleton, case), case)
-    with fake_step(model):
+    with fake_step(model, on_cuda=True):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = (
             torch.optim.AdamW(trained, foreach=False)
@@ -152,11 +180,12 @@ def add_predictions(
     """A row a cap."""
     found = predict(case, lengths)
     for cap in caps:
-        tokens = found.largest((cap - outside) * GIB)
+        tokens = found.largest((cap - outside) * GIB - WORKSPACE_BYTES)
         rows.add(
             name_of(case, cap, settings), "qft", settings_of(case, cap, outside), tokens=tokens,
             **beside_published(cap, tokens), bytes_per_token=found.per_token,
-            fixed_bytes=round(found.fixed), resident_bytes=round(found.resident),
+            fixed_bytes=round(found.fixed), workspace_bytes=WORKSPACE_BYTES,
+            resident_bytes=round(found.resident),
             peak_phase=found.phase,
             peak_by_category={
                 name: round(zero + slope * tokens) for name, (zero, slope) in found.parts.items()
@@ -185,7 +214,18 @@ def beside_published(cap: int, tokens: int) -> dict[str, Any]:
             "target_reached": tokens >= TARGET * PUBLISHED[cap]}  # fmt: skip
 
 
+def predicted_tokens(name: str, path: Path = ROOT / "benchmarks/results/gpu.jsonl") -> int | None:
+    """What the meter said of a row's case, if it was asked."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines]
+    found = [row["tokens"] for row in rows if row["predicted"] and row["case"] == name]
+    return found[-1] if found else None
+
+
 # --- measured
+
+SHORT = 16  # tokens of the step that makes the optimizer's states
+GROWTH = 1.7  # of a long step's time with its length, between linear and quadratic
 
 
 class Steps:
@@ -197,32 +237,49 @@ class Steps:
         self._optimizer = optimizer_of(self.model, case)
         self.reasons: list[str] = []
         self.tried: dict[int, bool] = {}  # under this cap
-        self.seconds: dict[int, float] = {}  # of the second step, by length
+        self.seconds: dict[int, float] = {}  # of the last step, by length
         self.peaks: dict[int, dict[str, Any]] = {}
+        self._step(SHORT)
 
     def fit(self, length: int) -> bool:
-        """Whether two steps fit."""
+        """Whether a step fits, with the optimizer's states there before it."""
         if length not in self.tried:
+            if self._is_late(length):
+                self.reasons.append("the time was over: a lower bound")
+                return False
             self.tried[length] = self._try(length)
         return self.tried[length]
 
-    def _try(self, length: int) -> bool:
+    def again(self, length: int) -> bool:
+        """Whether it fits once more; this step is timed with all host memory there."""
+        if self._is_late(length):
+            self.reasons.append("timed by its first step")
+            return True
+        self.tried[length] = self._try(length, empty=False)
+        return self.tried[length]
+
+    def _is_late(self, length: int) -> bool:
+        """Whether a step would end too late, judged by the last one that fit."""
+        expected = 0.0
+        if self.seconds:
+            known, seconds = list(self.seconds.items())[-1]
+            expected = seconds * max(1.0, length / known) ** GROWTH
+        return time.monotonic() + expected > self._until
+
+    def _try(self, length: int, *, empty: bool = True) -> bool:
         """What does not fit is freed."""
-        if time.monotonic() > self._until:
-            self.reasons.append("the time was over: a lower bound")
-            return False
-        reset_peaks(self._case.device)
+        reset_peaks(self._case.device, empty=empty)
         try:
-            for _ in range(2):
-                start = time.perf_counter()
-                self._step(length)
-                self.seconds[length] = time.perf_counter() - start
+            start = time.perf_counter()
+            self._step(length)
+            self.seconds[length] = time.perf_counter() - start
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             reason = reason_of(error)
         else:
             self.peaks[length] = peaks(self._case.device)
+            print(f"{length}: {self.seconds[length]:.2f} s, {self.peaks[length]}", flush=True)
             return True
         # outside the handler: the traceback holds what did not fit
         print(f"{length}: {reason}", flush=True)
@@ -250,19 +307,27 @@ def set_cap(device: str, gib: float) -> None:
 
 def measure(
     rows: Rows, steps: Steps, case: Case, settings: str, cap: int, outside: float,
-    longest: int, grain: int,
+    longest: int, grain: int, guess: int | None = None,
 ) -> None:  # fmt: skip
-    """A row; twice the published length is tried first, then longer ones."""
+    """A row; a guess is tried first, or else twice the published length."""
     set_cap(case.device, cap - outside)
     target = int(TARGET * PUBLISHED.get(cap, grain))
     steps.reasons.clear()
     steps.tried.clear()
-    start = target if target <= longest and steps.fit(-(-target // grain) * grain) else grain
-    tokens = largest(steps.fit, start + grain - 1, longest, grain)
+    if guess is not None:
+        tokens = around(steps.fit, guess, longest, grain)
+    else:
+        start = target if target <= longest and steps.fit(-(-target // grain) * grain) else grain
+        tokens = largest(steps.fit, start + grain - 1, longest, grain)
+    while tokens and not steps.again(tokens):
+        tokens = max((n for n, fits in steps.tried.items() if fits and n < tokens), default=0)
     rows.add(
         name_of(case, cap, settings), "qft", settings_of(case, cap, outside), tokens=tokens,
         **beside_published(cap, tokens), **steps.peaks.get(tokens, {}),
         tokens_per_second=tokens / steps.seconds[tokens] if tokens else None,
+        tried_first=guess,
+        tried=[{"tokens": n, "fits": fits, **(steps.peaks.get(n, {}) if fits else {})}
+               for n, fits in steps.tried.items()],
         reason="; ".join(dict.fromkeys(steps.reasons)) or None,
     )  # fmt: skip
 
@@ -279,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--outside-gib", type=float, default=0.75)
     options.add_argument("--longest", type=int, default=196608, help="not tried beyond")
     options.add_argument("--grain", type=int, default=1024)
+    options.add_argument("--guess", type=int, help="tokens; tried first, instead of the meter's")
     options.add_argument("--limit-seconds", type=float, default=float("inf"))
     chosen = options.parse_args(arguments)
     device = "none" if chosen.predict else chosen.device
@@ -302,7 +368,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for cap in caps:
             if time.monotonic() < until:
                 measure(rows, steps, case, name, cap, chosen.outside_gib, chosen.longest,
-                        chosen.grain)  # fmt: skip
+                        chosen.grain, chosen.guess or predicted_tokens(name_of(case, cap, name)),
+                        )  # fmt: skip
         del steps
         gc.collect()
         reset_peaks(device)

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--shape", default="llama-3.2-3b")
     options.add_argument("--length", type=int, default=768)
     options.add_argument("--blocks", type=int, default=5)
-    options.add_argument("--block-seconds", type=float, default=3.0)
+    options.add_argument("--block-seconds", type=float, default=1.0)
     options.add_argument("--dtype", default="bfloat16")
     options.add_argument("--in-process", action="store_true")
     chosen = options.parse_args(arguments)

@@ -22,9 +22,10 @@ HERE = Path(__file__).resolve().parent
 PARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("checks.py", (), 120),
     ("throughput.py",
-     ("--shapes", "llama-3.1-8b", "--quantize", "nf4", "--lengths", "2048", "8192"), 200),
-    ("largest_context.py", ("--settings", "leanest", "--caps", "8", "12"), 120),
-    ("peft_row.py", (), 60),
+     ("--shapes", "llama-3.1-8b", "--quantize", "nf4", "--lengths", "2048", "8192",
+      "--block-seconds", "1"), 200),
+    ("peft_row.py", (), 90),
+    ("largest_context.py", ("--settings", "leanest", "--caps", "8", "12"), 200),
     ("largest_context.py", ("--settings", "leanest", "--caps", "16", "24"), 300),
     ("throughput.py", ("--shapes", "llama-3.1-8b"), 300),
     ("largest_context.py", ("--settings", "leanest-unrounded", "defaults"), 200),
@@ -51,7 +52,7 @@ def run_parts(
         command = [sys.executable, str(HERE / script), *arguments, "--out", str(out)]
         command += ["--device", device]
         if script in LIMITED:
-            command += ["--limit-seconds", str(0.8 * left)]
+            command += ["--limit-seconds", str(0.9 * left)]
         try:
             done = subprocess.run(command, timeout=left, check=False, env=variables)
         except subprocess.TimeoutExpired:

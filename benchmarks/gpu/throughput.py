@@ -2,6 +2,8 @@
 
     python benchmarks/gpu/throughput.py [--shapes llama-3.1-8b] [--quantize nf4] [--lengths 2048]
 
+With ``--predict`` the engine's peaks are counted on fake tensors instead, without a GPU.
+
 One case after another; within one, the sides take turns, block by block, so that a clock that
 changes changes for all. A row says the 20th, 50th and 80th percentile of the blocks' tokens/s.
 """
@@ -10,11 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gpu_models import Case
 from gpu_rows import Rows, parser, quantiles
 from gpu_sides import SIDES, FarSide, Runs, Side, missing
+from largest_context import predicted_peak
 
 SHAPES = ("llama-3.1-8b", "llama-3.2-3b", "llama-3.2-1b")
 LENGTHS = (2048, 8192, 512, 16384)
@@ -115,14 +119,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--block-seconds", type=float, default=2.0)
     options.add_argument("--limit-seconds", type=float, default=float("inf"))
     options.add_argument("--dtype", default="bfloat16")
+    options.add_argument("--predict", action="store_true", help="the engine's peaks, metered")
     options.add_argument("--in-process", action="store_true", help="all sides in this process")
     chosen = options.parse_args(arguments)
+    device = "none" if chosen.predict else chosen.device
     cases = [
-        Case(shape, quantize=quantize, length=length, dtype=chosen.dtype, device=chosen.device)
+        Case(shape, quantize=quantize, length=length, dtype=chosen.dtype, device=device)
         for shape in chosen.shapes
         for quantize in chosen.quantize
         for length in chosen.lengths
     ]
+    if chosen.predict:
+        rows = Rows(chosen.out, "throughput", device, predicted=True)
+        for case in cases:
+            for side, offload in (("qft", "none"), ("qft-offload", "host")):
+                peak = predicted_peak(replace(case, offload=offload))
+                rows.add(case.name, side, case.settings(), allocated_peak_bytes=peak)
+        return
     make: Callable[[str], Runs] = Side if chosen.in_process else FarSide
     run(cases, chosen.sides, Rows(chosen.out, "throughput", chosen.device), make,
         blocks=chosen.blocks, seconds=chosen.block_seconds,

@@ -17,17 +17,18 @@ DEVICE = "meta"  # what the planned device is called
 
 
 @contextlib.contextmanager
-def fake_step(*models: nn.Module, device: str = DEVICE) -> Iterator[None]:
+def fake_step(*models: nn.Module, device: str = DEVICE, on_cuda: bool = False) -> Iterator[None]:
     """Within it the meta ``models`` are on fake tensors, and so is whatever is made.
 
     Args:
         models: prepared on the meta device; they stay fake afterwards.
         device: ``meta``, from which the host can be told, or ``cpu``.
+        on_cuda: see `qft.lean.standins.FusedKernel`.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         for model in models:
             _fill(model, device)
-        with fused_attention():
+        with fused_attention(on_cuda):
             yield
 
 
@@ -51,7 +52,7 @@ def _fill(model: nn.Module, device: str) -> None:
 
 
 @contextlib.contextmanager
-def fused_attention() -> Iterator[None]:
+def fused_attention(on_cuda: bool = False) -> Iterator[None]:
     """Within it what transformers calls ``sdpa`` is the stand-in, for fake tensors alone.
 
     A mask of ones, or none where nothing is packed, makes transformers leave the mask out; it
@@ -64,7 +65,7 @@ def fused_attention() -> Iterator[None]:
     plain, plain_mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(*args: Any, **kwargs: Any) -> Any:
-        with FusedKernel():
+        with FusedKernel(on_cuda):
             return plain(*args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:

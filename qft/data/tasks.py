@@ -36,6 +36,7 @@ __all__ = [
     "Example",
     "ExampleSet",
     "Task",
+    "encode_rows",
     "load_examples",
     "load_train_eval",
     "pad_id",
@@ -98,6 +99,29 @@ def load_examples(
         index_offset=index_offset,
         source=source,
         packed=packed,
+    )
+
+
+def encode_rows(
+    recipe: Recipe, rows: Sequence[NumberedRow], tokenizer: Tokenizer, source: str
+) -> ExampleSet:
+    """Training examples of rows that are there already, as a recipe's own would be read.
+
+    Args:
+        source: what errors call them.
+
+    Raises:
+        DataError: they do not fit the task.
+    """
+    return _encode(
+        recipe.task,
+        rows,
+        find_columns(recipe.task, [row for _, row in rows], recipe.data.columns),
+        tokenizer,
+        data=recipe.data,
+        max_length=recipe.train.max_length,
+        source=source,
+        packed=recipe.train.packing,
     )
 
 

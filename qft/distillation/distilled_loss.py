@@ -22,6 +22,7 @@ from qft.distillation.lessons import Lesson, Source, joined, label_rows, layer_k
 from qft.distillation.live import half_of, hidden_positions, supervised_alone
 from qft.distillation.matching import Pairs, distances, projections_of
 from qft.distillation.objective import DistillSettings
+from qft.distillation.own_texts import OwnTexts
 from qft.errors import QftError
 from qft.lean.divergence import Divergence, LiveRows, Sampled, Teacher, TopK
 from qft.lean.label_loss import CrossEntropy, LogitLoss, Mixed
@@ -39,11 +40,12 @@ class Teaching:
     lessons: Sequence[Lesson]
     source: Source
     settings: DistillSettings
+    share: float
 
     def __call__(self, labels: CrossEntropy, count: int) -> LogitLoss:
         """The loss of ``count`` positions."""
         towards = self._towards(count)
-        share = self.settings.weight
+        share = self.share
         return towards if share == 1 else Mixed(labels, towards, (1 - share, share))
 
     def _towards(self, count: int) -> LogitLoss:
@@ -92,6 +94,7 @@ class DistilledLoss:
         model: the student, as users hold it.
         pairs: its layers with those of the teacher that they learn from.
         labels_are: one class a row, ``many``, or a ``number`` (classify).
+        own_texts: lets the student write in some of the steps.
     """
 
     own: TaskLoss
@@ -101,6 +104,8 @@ class DistilledLoss:
     model: nn.Module
     pairs: Pairs = field(default_factory=dict)
     labels_are: str = "one"
+    own_texts: OwnTexts | None = None
+    _alone: bool = False  # the labels are the student's own words: nothing to learn from them
     _taps: Taps | None = None
     _rows: Sequence[Row] = ()
     _lessons: Sequence[Lesson] = ()
@@ -115,6 +120,15 @@ class DistilledLoss:
     def smoothing(self) -> float:
         """Of the task's own loss."""
         return self.own.smoothing
+
+    def examples(
+        self, model: nn.Module, examples: Sequence[Example], step: int
+    ) -> Sequence[Example]:
+        """See `TaskLoss.examples`; in a share of the steps the student writes the answers."""
+        self._alone = self.own_texts is not None and self.own_texts.is_for(step)
+        if self.own_texts is None or not self._alone:
+            return examples
+        return self.own_texts.written(model, examples, step)
 
     def items(self, task: Task, batch: Mapping[str, Tensor]) -> float:
         """See `TaskLoss.items`."""
@@ -139,7 +153,8 @@ class DistilledLoss:
                     found=type(self.model).__name__,
                     fix="memory.savers.label_loss: true; with it this family is not supported",
                 )
-            extra["teaching"] = Teaching(self._lessons, self.source, self.settings)
+            share = 1.0 if self._alone else self.settings.weight
+            extra["teaching"] = Teaching(self._lessons, self.source, self.settings, share)
         return extra
 
     def of(self, output: Any, batch: Mapping[str, Tensor], *, shifted: bool) -> Tensor:

@@ -183,7 +183,7 @@ def hidden_positions(
 
 
 def half_of(layer: int, encoder_layers: int) -> Half:
-    """Which stack a layer is in, counted from 1 through both."""
+    """Which stack a layer is in, counted from 0 through both."""
     if not encoder_layers:
         return "only"
-    return "encoder" if layer <= encoder_layers else "decoder"
+    return "encoder" if layer < encoder_layers else "decoder"

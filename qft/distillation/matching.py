@@ -25,7 +25,7 @@ Pairs = dict[int, int]
 
 
 def layer_pairs(layers: LayerMap, student: int, teacher: int) -> Pairs:
-    """The student's layers with the teacher's that each learns from, both counted from 1.
+    """The student's layers with the teacher's that each learns from, both counted from 0.
 
     Args:
         layers: as the recipe says.
@@ -36,21 +36,26 @@ def layer_pairs(layers: LayerMap, student: int, teacher: int) -> Pairs:
         RecipeError: a layer that is not there.
     """
     if layers == "last":
-        return {student: teacher}
+        return {student - 1: teacher - 1}
     if layers == "auto":
-        return {n: max(1, round(n * teacher / student)) for n in range(1, student + 1)}
-    wrong = [f"{s}: {t}" for s, t in layers.items() if s > student or t > teacher]
+        last = [max(1, round(n * teacher / student)) for n in range(1, student + 1)]
+        return {number: place - 1 for number, place in enumerate(last)}
+    wrong = [f"{s}: {t}" for s, t in layers.items() if s >= student or t >= teacher]
     if wrong:
         raise RecipeError(
             "There is no such layer to learn or to learn from.",
             where="strategy.hidden.layers",
-            found=f"{', '.join(wrong)}; the student has {student} layers, the teacher {teacher}",
+            found=f"{', '.join(wrong)}; the student has the layers 0 to {student - 1}, the "
+            f"teacher 0 to {teacher - 1}",
         )
     return dict(layers)
 
 
 class Projection(nn.Module):
     """From the student's width to the teacher's, for one pair of layers.
+
+    It starts orthogonal; between equal widths it starts as no change at all, since such a student
+    is most often cut out of its teacher.
 
     Args:
         student: width of its hidden states.
@@ -63,10 +68,7 @@ class Projection(nn.Module):
 
     def __init__(self, student: int, teacher: int, *, learned: bool, seed: int) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(max(student, teacher), min(student, teacher), generator=generator)
-        basis = torch.linalg.qr(start)[0]  # [larger, smaller]
-        basis = basis if teacher >= student else basis.t()
+        basis = torch.eye(teacher) if student == teacher else _orthogonal(student, teacher, seed)
         # a fixed one is made of the seed again, so no checkpoint need hold it
         if learned:
             self.weight = nn.Parameter(basis.contiguous())
@@ -76,6 +78,14 @@ class Projection(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """``[rows, student]`` to ``[rows, teacher]``, in float32."""
         return functional.linear(hidden.to(self.weight.dtype), self.weight)
+
+
+def _orthogonal(student: int, teacher: int, seed: int) -> Tensor:
+    """``[teacher, student]``, with orthonormal rows or columns, whichever are fewer."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(max(student, teacher), min(student, teacher), generator=generator)
+    basis: Tensor = torch.linalg.qr(start)[0]
+    return basis if teacher >= student else basis.t()
 
 
 def add_projections(model: nn.Module, settings: DistillSettings, context: Context) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from qft.strategy import Objective
 
+WRITING_TASKS = ("instruct", "chat", "seq2seq")  # whose rows ask for an answer
 LossKind = Literal["forward-kl", "reverse-kl", "jsd", "uld", "none"]
 LayerMap = Literal["auto", "last"] | dict[int, int]
 
@@ -20,8 +21,8 @@ class HiddenStates(BaseModel):
 
     layers: LayerMap = Field(
         "auto",
-        description="the student's layer: the teacher's, both from 1: {1: 4, 2: 8}; auto spreads "
-        "the student's over the teacher's, last is the last of each",
+        description="the student's layer: the teacher's, counted from 0: {0: 3, 1: 7}; auto "
+        "spreads the student's over the teacher's, last is the last of each",
     )
     distance: Literal["cosine", "mse"] = Field("cosine", description="between two hidden states")
     projection: Literal["learned", "fixed"] = Field(
@@ -36,10 +37,10 @@ class HiddenStates(BaseModel):
 
     @field_validator("layers")
     @classmethod
-    def _from_one(cls, layers: LayerMap) -> LayerMap:
-        numbers = [n for pair in layers.items() for n in pair] if isinstance(layers, dict) else [1]
-        if not numbers or min(numbers) < 1:
-            raise ValueError("layers count from 1")
+    def _from_zero(cls, layers: LayerMap) -> LayerMap:
+        numbers = [n for pair in layers.items() for n in pair] if isinstance(layers, dict) else [0]
+        if not numbers or min(numbers) < 0:
+            raise ValueError("layers count from 0")
         return layers
 
 
@@ -116,6 +117,11 @@ class DistillSettings(BaseModel):
     def caches(self) -> bool:
         """Whether the teacher's word is kept on disk."""
         return self.cache != "off"
+
+    @property
+    def writes(self) -> bool:
+        """Whether teacher or student writes answers of its own."""
+        return self.texts == "teacher" or self.on_policy > 0
 
     @property
     def has_lessons(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from qft import models
 from qft.data.examples import Example
@@ -24,6 +25,13 @@ def settings_in(recipe: Recipe) -> DistillSettings | None:
     """What the recipe says of a teacher; None without one."""
     objective = recipe.strategy.objective
     return objective.of if isinstance(objective, Distillation) else None
+
+
+def cache_root(recipe: Recipe, settings: DistillSettings) -> Path:
+    """The folder of all that is kept of teachers."""
+    chosen = settings.cache_folder
+    beside = Path(recipe.output).parent / "teacher-cache"
+    return Path(chosen).expanduser() if chosen else beside
 
 
 def teacher_layers(recipe: Recipe, settings: DistillSettings, inputs: Inputs) -> Pairs:

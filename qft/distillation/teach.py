@@ -22,7 +22,8 @@ from qft.distillation.lesson_making import LessonMaker
 from qft.distillation.lesson_report import foreseen, measured, probe_of, sentence
 from qft.distillation.lesson_store import LessonStore
 from qft.distillation.objective import DistillSettings
-from qft.distillation.supply import live_source, settings_in, teacher_layers
+from qft.distillation.supply import cache_root, live_source, settings_in, teacher_layers
+from qft.distillation.teacher_texts import with_teacher_texts
 from qft.distillation.teachers import teacher_folder, teacher_shape
 from qft.errors import Interrupted, ModelError, QftError, RecipeError, WillNotFitError
 from qft.feature_identity import stored_order
@@ -52,13 +53,17 @@ def teach(recipe: Recipe, *, reporter: Reporter = QUIET) -> dict[str, Any]:
         QftError: see :mod:`qft.errors`; what is done is kept.
     """
     settings = settings_in(recipe)
-    if settings is None or not settings.has_lessons:
+    if settings is None:
         raise RecipeError("This recipe has nothing to keep of a teacher's.", where="strategy",
                           fix="strategy: {name: distill, teacher: …, student: …}")  # fmt: skip
+    if not settings.has_lessons:  # the texts alone
+        inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
+        return {"texts": len(inputs.train.examples), "folder": str(cache_root(recipe, settings))}
     if not settings.caches:
         raise RecipeError("This recipe's teacher stays in memory.", where="strategy.cache",
                           found="off", fix="cache: top-k, or cache: samples")  # fmt: skip
-    cache = TeacherCache(recipe, settings, open_inputs(recipe, reporter), reporter)
+    inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
+    cache = TeacherCache(recipe, settings, inputs, reporter)
     cache.ready().close()
     return cache.report
 
@@ -85,9 +90,7 @@ class TeacherCache:
         if len({example.index for example in self.ordered}) < len(self.ordered):
             raise RecipeError("Two samples of the data have the same number.",
                               where="strategy.cache", fix="cache: off")  # fmt: skip
-        chosen = settings.cache_folder
-        beside = Path(recipe.output).parent / "teacher-cache"
-        self.root = Path(chosen).expanduser() if chosen else beside
+        self.root = cache_root(recipe, settings)
         self.name = teacher_name(settings)
         self.report: dict[str, Any] = {}
 

@@ -5,15 +5,16 @@ Attention on the fake device
 kernel, whose bytes are those of any flash attention: queries, keys, values, outputs, and a float32
 number a query and head. Quantized layers hold as many bytes as bitsandbytes' own.
 
-Each is proven equal to a real step in the tests.
+Each is proven equal to a real step in the tests; what CUDA's kernel takes for itself (`OnCuda`) was
+read off its source and agrees with peaks that were measured on a GPU (`benchmarks/gpu`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,29 +29,73 @@ class FusedKernel(TorchFunctionMode):
 
     It is entered around each call: a layer that is run again in the backward pass is run outside
     of the modes that surround the whole step.
+
+    Args:
+        on_cuda: what CUDA's kernel takes for itself in the backward pass counts as well.
     """
+
+    def __init__(self, on_cuda: bool = False) -> None:
+        super().__init__()
+        self._on_cuda = on_cuda
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is functional.scaled_dot_product_attention and args[0].is_meta:
-            return _attention(*args, **(kwargs or {}))
+            return _attention(*args, **{**(kwargs or {}), "on_cuda": self._on_cuda})
         return func(*args, **(kwargs or {}))
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
     dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
-    enable_gqa: bool = False,
+    enable_gqa: bool = False, on_cuda: bool = False,
 ) -> Tensor:  # fmt: skip
     """Keys and values of grouped queries are not repeated; the kernel takes them as they are."""
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
             attn_mask.logical_not(), float("-inf")
         )
+    if on_cuda:
+        made: Tensor = OnCuda.apply(query, key, value, is_causal, attn_mask, scale)  # type: ignore[no-untyped-call]
+        return made
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     result: Tensor = kernel(query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
     return result
+
+
+class OnCuda(torch.autograd.Function):
+    """The fused kernel with the memory that CUDA's takes for itself in the backward pass.
+
+    That is the queries' gradient and a sum a row in float32, and, where several heads share keys
+    and values, those heads' own gradients of them (FlashAttention 2 as torch has it).
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, mask: Tensor | None,
+        scale: float | None,
+    ) -> Tensor:  # fmt: skip
+        """As the CPU's kernel."""
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        result, normalisers = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(query, key, value, result, normalisers)
+        ctx.settings = causal, mask, scale
+        return result  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """As the CPU's kernel, with that memory held."""
+        query, key, value, result, normalisers = ctx.saved_tensors
+        causal, mask, scale = ctx.settings
+        room = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(normalisers)]
+        if key.shape[1] != query.shape[1]:
+            room += [torch.empty_like(query), torch.empty_like(query)]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        made = kernel(gradient, query, key, value, result, normalisers, 0.0, causal,
+                      attn_mask=mask, scale=scale)  # fmt: skip
+        del room
+        return (*made, None, None, None)
 
 
 @dataclass(frozen=True)
@@ -77,13 +122,26 @@ def quantized_bytes(kind: str, rows: int, columns: int) -> QuantizedBytes:
     return QuantizedBytes(math.ceil(count / 2), blocks, 4 * math.ceil(blocks / _SECOND_BLOCK) + 4)
 
 
-class QuantizedLinear(nn.Linear):
-    """A linear layer that holds a quantized weight's bytes; on meta and fake tensors only."""
+class Room(Protocol):
+    """Memory that several weights are dequantized into (`qft.quantization.Scratch`)."""
 
-    def __init__(self, plain: nn.Linear, kind: str) -> None:
+    def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor to write into."""
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer that holds a quantized weight's bytes; on meta and fake tensors only.
+
+    Args:
+        plain: whose shape it has.
+        kind: see `quantized_bytes`.
+        room: what its weight is dequantized into; None is a new tensor each time.
+    """
+
+    def __init__(self, plain: nn.Linear, kind: str, room: Room | None = None) -> None:
         nn.Module.__init__(self)  # not a linear layer's own: it would make a dense weight
         self.in_features, self.out_features = plain.in_features, plain.out_features
-        self.kind, self.dtype = kind, plain.weight.dtype
+        self.kind, self.dtype, self.room = kind, plain.weight.dtype, room
         size = quantized_bytes(kind, plain.out_features, plain.in_features)
         device = plain.weight.device
         self.weight = nn.Parameter(
@@ -98,9 +156,10 @@ class QuantizedLinear(nn.Linear):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """As many bytes as dequantizing takes."""
-        return torch.empty(
-            self.out_features, self.in_features, dtype=dtype, device=self.weight.device
-        )
+        shape, device = (self.out_features, self.in_features), self.weight.device
+        if self.room is not None:
+            return self.room.take(shape, dtype, device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """As bitsandbytes: the weight is dequantized, and not kept for the backward pass."""
@@ -129,12 +188,14 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.layer.dense(gradient.dtype), None
 
 
-def quantize_skeleton(model: nn.Module, kind: str, keep: tuple[str, ...] = ()) -> None:
+def quantize_skeleton(
+    model: nn.Module, kind: str, keep: tuple[str, ...] = (), room: Room | None = None
+) -> None:
     """Replaces a meta model's linear layers, but for those named, by `QuantizedLinear`."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and name not in keep:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, QuantizedLinear(module, kind))
+            setattr(model.get_submodule(parent), child, QuantizedLinear(module, kind, room))
 
 
 class EightBitAdam(torch.optim.Optimizer):

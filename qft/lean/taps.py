@@ -1,7 +1,8 @@
 """What layers of a model put out, caught as it passes: hidden states ``[batch, tokens, width]``.
 
-A layer's number counts from 1, through the stacks in the order data passes them. Nothing is copied:
-a layer's output is the next one's input, which the backward pass keeps in any case.
+A layer's number counts from 0, as in the model's own names, through the stacks in the order data
+passes them. Nothing is copied: a layer's output is the next one's input, which the backward pass
+keeps in any case.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Taps:
         self._caught: dict[int, Tensor] | None = None
         self._hooks: list[RemovableHandle] = []
         for number in dict.fromkeys(numbers):
-            layer = layers[number - 1]
+            layer = layers[number]
             self._hooks.append(layer.register_forward_hook(self._hook(number)))
 
     def listen(self) -> None:
