@@ -172,10 +172,14 @@ def identities(root: Path) -> dict[Path, dict[str, str]]:
 
 
 def differences(root: Path, identity: Mapping[str, str]) -> list[str]:
-    """In what the most alike of the caches there are differs; empty where there is none."""
+    """In what the most alike of the caches there are differs; empty where there is none.
+
+    What is named by other things is a cache of another sort, and is not compared.
+    """
     found = [
-        [name for name in identity if other.get(name) != identity[name]]
+        [name for name in identity if other[name] != identity[name]]
         for other in identities(root).values()
+        if other.keys() == identity.keys()
     ]
     return min(found, key=len, default=[])
 

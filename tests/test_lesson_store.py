@@ -225,6 +225,7 @@ def test_another_identity_is_never_read_and_what_differs_is_named(tmp_path: Path
     third = {**other.identity, "data": "other rows"}
     assert differences(tmp_path, third) == ["data"]  # than the most alike of the two
     assert differences(tmp_path, IDENTITY) == []
+    assert differences(tmp_path, {**IDENTITY, "data": "other", "place": "of another sort"}) == []
 
 
 def test_one_writes_and_several_read(tmp_path: Path) -> None:

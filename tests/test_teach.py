@@ -695,7 +695,6 @@ def test_the_command_prints_its_report(model: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("entry", "says"), [
     ({"name": "lora"}, "nothing to keep"),
     ({"cache": "off"}, "stays in memory"),
-    ({"loss": "none", "texts": "teacher"}, "nothing to keep"),
 ])  # fmt: skip
 def test_recipes_that_keep_nothing(model: Any, tmp_path: Path, entry: Any, says: str) -> None:
     values = recipe_values(tmp_path, model)
