@@ -2,10 +2,10 @@
 
     python benchmarks/gpu/distillation.py
 
-First every divergence in chunks, on this device, against its formula with all logits. Then steps of
-a Llama-3.2-1B student (LoRA r=16, activations recomputed, 2,048 tokens, all with a label) whose
-Llama-3.1-8B teacher is in memory in bf16 or nf4, or known by its 64 likeliest tokens; beside them the
-plain student and, with the teacher in memory, the loss of full logits. Weights are random.
+First every divergence in chunks, on this device, against its formula with all logits. Then steps
+of a Llama-3.2-1B student (LoRA r=16, activations recomputed, 2,048 tokens, all with a label) whose
+Llama-3.1-8B teacher is in memory in bf16 or nf4, or known by its 64 likeliest tokens; beside them
+the plain student and, with the teacher in memory, the loss of full logits. Weights are random.
 """
 
 from __future__ import annotations
