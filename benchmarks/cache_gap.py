@@ -4,7 +4,7 @@
 
 Teacher: mini-6m. Student: the same with two layers cut out, as `qft prune --layers 2,3` leaves it.
 Rows: sixty of GSM8K's test split, which neither has seen. One step over all of them, forward KL
-alone, float32: the loss, the mean mass that is kept, and how far the gradient of all weights is from
+alone, float32: loss, mean mass that is kept, and how far the gradient of all weights is from
 the live teacher's (relative distance and cosine; of draws the mean of three seeds). A line a cache
 goes to benchmarks/results/cache_gap.jsonl, which is written anew.
 """
