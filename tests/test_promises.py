@@ -39,6 +39,7 @@ _PLACES = """
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     packing_check held_out feature_store feature_identity feature_rows features
     merging.side_files merging.tensors merging.merge
+    pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
