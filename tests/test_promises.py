@@ -27,8 +27,8 @@ _PLACES = """
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.feature_cache lean.cut_finding lean.trunk lean.offload lean.checkpointing
     lean.meter lean.standins lean.label_loss lean.divergence lean.int8_head lean.token_scores
-    lean.model_loss lean.lora_linear lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms
-    lean.attention lean.engine
+    lean.model_loss lean.lora_linear lean.kept_zeros lean.shared_input lean.tiled_mlp
+    lean.gated_mlp lean.norms lean.attention lean.engine
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
