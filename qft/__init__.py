@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qft.export.delivery import merge
     from qft.opening import open_any
     from qft.preparation import prepare, unprepare
+    from qft.pruning.prune import prune
     from qft.recipe import Recipe, build_recipe, load_recipe
     from qft.scoring import evaluate
     from qft.training import train
@@ -31,6 +32,7 @@ _HOMES = {
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
     "prepare": "qft.preparation",
+    "prune": "qft.pruning.prune",
     "train": "qft.training",
     "unprepare": "qft.preparation",
 }
@@ -46,6 +48,7 @@ __all__ = [
     "merge",
     "open_any",
     "prepare",
+    "prune",
     "train",
     "unprepare",
 ]

@@ -364,6 +364,100 @@ def export_model(
 
 
 @app.command()
+def prune(
+    source: Annotated[str, typer.Argument(help="A model folder or hub id, not quantized.")],
+    method: Annotated[str, typer.Option("--method", "-m", help="depth or width.")] = "depth",
+    ratio: Annotated[
+        float | None, typer.Option("--ratio", help="Share of all parameters that goes: 0.25.")
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option("--params", help="Parameters that stay at most: 1.0B.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", help="Bytes of weights that stay at most: 500MiB.")
+    ] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Rows to score the model on.")] = None,
+    held_out: Annotated[
+        str | None, typer.Option("--eval", help="Rows to judge on; else a part of --data.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Where the model does not say.")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", help="role=name, for example text=0.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="depth: the layers that go: 10-15 or 3,7.")
+    ] = None,
+    width: Annotated[
+        str | None, typer.Option("--width", help="width: mlp, heads, hidden; with =size or not.")
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(
+            "--importance",
+            help="depth: influence, angular; width: contribution, activation, activation-l2, "
+            "taylor.",
+        ),
+    ] = None,
+    multiple_of: Annotated[
+        int, typer.Option("--multiple-of", min=1, help="Of MLP and hidden sizes; GGUF: 32 or 256.")
+    ] = 8,
+    keep_first: Annotated[int, typer.Option(min=0, help="First layers that stay.")] = 1,
+    keep_last: Annotated[int, typer.Option(min=0, help="Last layers that stay.")] = 1,
+    calibration_rows: Annotated[int, typer.Option(min=1, help="Rows scored at most.")] = 128,
+    max_length: Annotated[int, typer.Option(min=1, help="Of those rows, in tokens.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of the rows drawn.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="To compute in; weights are written as they were.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to write.")] = None,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Do not compare the two models.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what each choice would cost.")
+    ] = False,
+    overwrite: Overwrite = False,
+    allow_pickle: Pickle = False,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model smaller: fewer layers, or narrower ones."""
+    from qft.pruning.prune import prune as run
+
+    result = run(
+        source,
+        out,
+        method=method,
+        ratio=ratio,
+        params=params,
+        size=size,
+        data=data,
+        eval=held_out,
+        task=task,
+        columns=_columns(column),
+        layers=layers,
+        width=width,
+        importance=importance,
+        multiple_of=multiple_of,
+        keep_first=keep_first,
+        keep_last=keep_last,
+        calibration_rows=calibration_rows,
+        max_length=max_length,
+        seed=seed,
+        dtype=dtype,
+        report=not no_report,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        trust=_trust(allow_pickle, trust_remote_code),
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(result, as_json, lambda: _show_pruned(result, out, quiet))
+
+
+@app.command()
 def strategies(
     model: Annotated[
         str | None, typer.Argument(help="A model: also print what share of it each would train.")
@@ -430,6 +524,23 @@ def recipe(
     from qft.recipe_reference import json_schema, reference
 
     print(json.dumps(json_schema(), indent=2) if schema else reference())
+
+
+def _show_pruned(result: dict[str, Any], out: Path | None, quiet: bool) -> None:
+    from qft.pruning.tables import choices, summary
+
+    if "choices" in result:
+        _show_rows(choices(result))
+        return
+    if not quiet:
+        _show_rows(summary(result))
+    print(out)
+
+
+def _show_rows(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
 
 
 def _show_step(row: dict[str, Any]) -> None:

@@ -40,7 +40,10 @@ _PLACES = """
     packing_check held_out feature_store feature_identity feature_rows features
     merging.side_files merging.tensors merging.merge
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
-    pruning.layer_stream
+    pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
+    pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
+    pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
+    pruning.tables
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
     export.formats export.verify opening generation written scoring export.delivery export

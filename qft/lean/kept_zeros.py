@@ -46,10 +46,7 @@ class _KeptZeros(torch.autograd.Function):
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, weight: Tensor, frozen: Frozen | None,
         update: Update,
     ) -> Tensor:  # fmt: skip
-        if frozen is None:
-            result = x.new_zeros(*x.shape[:-1], len(weight))
-        else:
-            result = frozen.product(x)
+        result = x.new_zeros(*x.shape[:-1], len(weight)) if frozen is None else frozen.product(x)
         flat, dropped = result.view(-1, len(weight)), _dropped(x, update)
         for part in _pieces(weight):
             flat[:, part].addmm_(dropped, _delta(down, up, weight, update.scale, part, x).t())

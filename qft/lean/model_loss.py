@@ -62,7 +62,7 @@ class ModelLoss:
         self.order: _Order | None = None
         self.scored: Scored | None = None  # how the next call is to score each position
         self.fake_labels: int | None = None  # how many a batch of fake tensors has; None is all
-        self.scale, self.softcap = _after_logits(getattr(model, "config", None))
+        self.scale, self.softcap = after_logits(getattr(model, "config", None))
         self.signature = inspect.signature(type(model).forward)
         self.plain = plain_forward(model)
         self.plain_head = plain_forward(head)
@@ -319,7 +319,7 @@ def _vocabulary(head: nn.Module) -> int:
     return int(getattr(layer, "out_features", None) or layer.weight.shape[0])
 
 
-def _after_logits(config: Any) -> tuple[float, float | None]:
+def after_logits(config: Any) -> tuple[float, float | None]:
     """What a family multiplies its logits with, and the softcap it bends them by."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = float(getattr(text, "logit_scale", None) or 1.0)

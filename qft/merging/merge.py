@@ -133,14 +133,35 @@ def write_model(
     """
     out = Path(out)
     require_absent(out, overwrite=overwrite)
-    specs = [(name, source.shape(name), source.dtype(name)) for name in source.names()]
-    total = sum(tensor_bytes(shape, dtype) for _, shape, dtype in specs)
-    require_disk(out, total + files_bytes(source.files) + _HEADER_SLACK_BYTES)
+    total = sum(tensor_bytes(source.shape(n), source.dtype(n)) for n in source.names())
+    require_room(source, out)
     with new_folder(out, overwrite=overwrite) as folder:
-        write_config(source, folder)
-        copy_files(source.files, folder)
-        write_shards(folder, specs, source.read, max_shard_bytes=max_shard_bytes, progress=progress)
+        fill_folder(source, folder, max_shard_bytes=max_shard_bytes, progress=progress)
     return total
+
+
+def fill_folder(
+    source: TensorSource,
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Writes config, tokenizer and tensors of a source into a folder that is being made."""
+    specs = [(name, source.shape(name), source.dtype(name)) for name in source.names()]
+    write_config(source, folder)
+    copy_files(source.files, folder)
+    write_shards(folder, specs, source.read, max_shard_bytes=max_shard_bytes, progress=progress)
+
+
+def require_room(source: TensorSource, out: Path) -> None:
+    """Refuses to begin a write that the disk has no room for.
+
+    Raises:
+        SaveError: it has not.
+    """
+    total = sum(tensor_bytes(source.shape(n), source.dtype(n)) for n in source.names())
+    require_disk(out, total + files_bytes(source.files) + _HEADER_SLACK_BYTES)
 
 
 def write_config(source: TensorSource, folder: Path, **changes: Any) -> None:
