@@ -42,6 +42,7 @@ _PLACES = """
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
+    pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds

@@ -10,7 +10,7 @@ from qft.errors import ModelError, RecipeError
 from qft.lean.meter import meter
 from qft.pruning import hessian as hessians
 from qft.pruning import smallest as smallest_weights
-from qft.pruning.hessian import add_inputs_, new_hessian
+from qft.pruning.hessian import Factor, add_inputs_, factorise_, new_hessian
 from qft.pruning.smallest import prune_by_magnitude_, prune_by_wanda_
 from qft.pruning.sparsegpt import prune_by_sparsegpt_
 from qft.pruning.sparsity import Sparsity, parse_sparsity
@@ -163,6 +163,10 @@ def by_surgeon(
     return weight
 
 
+def factor_of(x: Tensor) -> Factor:
+    return factorise_(hessian_of(x))
+
+
 def hessian_of(x: Tensor) -> Tensor:
     found = new_hessian(x.shape[1])
     for part in x.split(64):
@@ -175,7 +179,7 @@ def test_sparsegpt_is_the_optimal_brain_surgeon(monkeypatch, wanted):
     monkeypatch.setattr(hessians, "_BLOCK", 12)  # does not divide 32
     weight, x = matrix(), inputs()
     expected = by_surgeon(weight, x, wanted, mask_block=8)
-    prune_by_sparsegpt_(weight, hessian_of(x), wanted, mask_block=8, block=8)
+    prune_by_sparsegpt_(weight, factor_of(x), wanted, mask_block=8, block=8)
     assert torch.equal(weight == 0, expected == 0)
     assert (weight - expected).abs().max() < 1e-3 * expected.abs().max()
     if wanted.group is not None:
@@ -196,7 +200,7 @@ def test_the_block_changes_nothing(wanted):
     found = []
     for block in (8, 20, 1000):
         weight = matrix()
-        prune_by_sparsegpt_(weight, hessian_of(inputs()), wanted, mask_block=8, block=block)
+        prune_by_sparsegpt_(weight, factor_of(inputs()), wanted, mask_block=8, block=block)
         found.append(weight)
     for other in found[1:]:
         assert torch.equal(other == 0, found[0] == 0)
@@ -208,7 +212,7 @@ def test_dead_inputs_lose_their_weights_and_disturb_nobody():
     x[:, [0, 5, 31]] = 0
     weight = matrix()
     expected = by_surgeon(weight, x, HALF, mask_block=32)
-    prune_by_sparsegpt_(weight, hessian_of(x), HALF)
+    prune_by_sparsegpt_(weight, factor_of(x), HALF)
     assert not weight[:, [0, 5, 31]].any()
     assert torch.equal(weight == 0, expected == 0)
     assert (weight - expected).abs().max() < 1e-3 * expected.abs().max()
@@ -216,7 +220,7 @@ def test_dead_inputs_lose_their_weights_and_disturb_nobody():
 
 def test_fewer_tokens_than_inputs_need_only_the_damping():
     weight = matrix()
-    prune_by_sparsegpt_(weight, hessian_of(inputs(tokens=5)), HALF)
+    prune_by_sparsegpt_(weight, factor_of(inputs(tokens=5)), HALF)
     assert int((weight == 0).sum()) == weight.numel() // 2
 
 
@@ -225,8 +229,8 @@ def test_the_damping_is_raised_where_it_does_not_do():
     broken = torch.eye(32)
     broken[0, 1] = broken[1, 0] = 1.05
     found = [matrix(), matrix()]
-    prune_by_sparsegpt_(found[0], broken.clone(), HALF)
-    prune_by_sparsegpt_(found[1], broken.clone(), HALF, damping=0.1)
+    prune_by_sparsegpt_(found[0], factorise_(broken.clone()), HALF)
+    prune_by_sparsegpt_(found[1], factorise_(broken.clone(), damping=0.1), HALF)
     assert torch.equal(found[0], found[1]), "nothing of the first attempt is left"
 
 
@@ -234,12 +238,12 @@ def test_what_cannot_be_inverted_is_one_clear_error():
     hopeless = torch.eye(32)
     hopeless[0, 1] = hopeless[1, 0] = 1e6
     with pytest.raises(ModelError, match="cannot be inverted") as caught:
-        prune_by_sparsegpt_(matrix(), hopeless, HALF, name="layers.3.q_proj.weight")
+        factorise_(hopeless, "layers.3.q_proj.weight")
     assert "layers.3.q_proj.weight" in caught.value.text()
     x = inputs()
     x[3, 4] = float("inf")
     with pytest.raises(ModelError, match="not finite"):
-        prune_by_sparsegpt_(matrix(), hessian_of(x), HALF)
+        factorise_(hessian_of(x))
 
 
 def test_sparsegpt_works_within_the_hessian():
@@ -248,7 +252,7 @@ def test_sparsegpt_works_within_the_hessian():
     weight = matrix(256, size, torch.bfloat16)
     held = new_hessian(size)
     add_inputs_(held, inputs(size, 300))
-    reading = meter(lambda: prune_by_sparsegpt_(weight, held, HALF))
+    reading = meter(lambda: prune_by_sparsegpt_(weight, factorise_(held), HALF))
     strips = 6 * 128 * size * 4
     assert reading.peak_bytes < held.nbytes + 3 * weight.nbytes + strips
     assert strips < 0.4 * held.nbytes, "a second H would not go unseen"

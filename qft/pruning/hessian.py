@@ -8,6 +8,8 @@ begin again with more damping.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,19 @@ from qft.errors import ModelError
 
 _BLOCK = 128
 _RAISES = 4  # times that the damping grows tenfold before the matrix is given up
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What is left of a Hessian once it is factorised; several matrices may be pruned by it.
+
+    Attributes:
+        matrix: L in the lower half, columns in reverse order.
+        dead: ``[in]``: inputs that were zero throughout, in the ordinary order.
+    """
+
+    matrix: Tensor
+    dead: Tensor
 
 
 def new_hessian(inputs: int, device: torch.device | str = "cpu") -> Tensor:
@@ -32,15 +47,15 @@ def add_inputs_(hessian: Tensor, x: Tensor) -> None:
     hessian.addmm_(reversed_x.t(), reversed_x)
 
 
-def factorise_(hessian: Tensor, damping: float, name: str) -> None:
-    """Writes L over the lower half, with damping on the diagonal.
+def factorise_(hessian: Tensor, name: str = "weight", damping: float = 0.01) -> Factor:
+    """Writes L over the lower half, with damping on the diagonal; the Hessian is used up.
 
     Where a column was always zero, its diagonal becomes one first: it hangs together with nothing.
 
     Args:
+        name: of a tensor, for an error.
         damping: share of the mean diagonal that is added to it; raised tenfold where it was not
             enough.
-        name: for the error.
 
     Raises:
         ModelError: not finite, or singular in spite of all damping.
@@ -53,12 +68,13 @@ def factorise_(hessian: Tensor, damping: float, name: str) -> None:
             where=name,
             fix="check the model: it gives NaN or infinity on these rows",
         )
-    diagonal.masked_fill_(diagonal == 0, 1)
+    dead = diagonal == 0
+    diagonal.masked_fill_(dead, 1)
     for attempt in range(_RAISES):
         damped = diagonal + damping * 10**attempt * diagonal.mean()
         _restore_(hessian, damped)
         if _cholesky_(hessian):
-            return
+            return Factor(hessian, dead.flip(0))
     raise ModelError(
         "The Hessian of the layer's inputs cannot be inverted.",
         where=name,
@@ -96,15 +112,13 @@ def _cholesky_(matrix: Tensor) -> bool:
     return True
 
 
-def inverse_rows(factorised: Tensor, begin: int, end: int) -> Tensor:
+def inverse_rows(factor: Factor, begin: int, end: int) -> Tensor:
     """``U[begin:end, begin:]``, of which no more is ever needed.
-
-    Args:
-        factorised: by `factorise_`.
 
     Returns:
         ``[end - begin, in - begin]``, upper triangular to the left.
     """
+    factorised = factor.matrix
     size = len(factorised) - begin  # in reverse order: the last rows of the inverse of L[:size]
     result = factorised.new_zeros(end - begin, size)
     result[:, size - (end - begin) :].fill_diagonal_(1)

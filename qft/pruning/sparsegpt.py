@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.pruning.hessian import factorise_, inverse_rows
+from qft.pruning.hessian import Factor, inverse_rows
 from qft.pruning.smallest import smallest
 from qft.pruning.sparsity import Sparsity
 
@@ -28,50 +28,46 @@ BLOCK = 128  # columns between two looks at which weights go, as in the paper
 
 def prune_by_sparsegpt_(
     weight: Tensor,
-    hessian: Tensor,
+    factor: Factor,
     sparsity: Sparsity,
     *,
     name: str = "weight",
     mask_block: int = BLOCK,
     block: int = BLOCK,
-    damping: float = 0.01,
 ) -> None:
-    """Prunes a matrix in place; the Hessian is used up.
+    """Prunes a matrix in place.
 
     Args:
         weight: ``[out, in]``; computed in float32 whatever it is stored as.
-        hessian: ``[in, in]``, float32, of `qft.pruning.hessian`: columns in reverse order.
+        factor: of the Hessian of its inputs (`qft.pruning.hessian.factorise_`).
         sparsity: a share is taken of each ``mask_block`` columns together.
         name: of the tensor, for an error.
         mask_block: columns that are compared with one another where there is no pattern.
         block: columns after which the rest of the matrix is brought up to date, rounded up to what
             is compared; it changes no result.
-        damping: of the Hessian's mean diagonal, added to the diagonal.
 
     Raises:
-        ModelError: the inputs are not finite, or the Hessian cannot be inverted.
+        ModelError: the result is not finite in the weight's dtype.
     """
     compared = sparsity.group or min(mask_block, weight.shape[1])
     step = -(-block // compared) * compared
-    dead = (hessian.diagonal() == 0).flip(0)  # an input that is always zero: any weight will do
-    factorise_(hessian, damping, name)
-    work = weight.float() if weight.dtype != torch.float32 else weight
-    work.masked_fill_(dead, 0)
+    work = weight.float()  # the very same tensor where it is float32
+    work.masked_fill_(factor.dead, 0)  # on an input that is always zero any weight will do
     for begin in range(0, work.shape[1], step):
         end = min(begin + step, work.shape[1])
-        rows = inverse_rows(hessian, begin, end)  # U[begin:end, begin:]
+        rows = inverse_rows(factor, begin, end)  # U[begin:end, begin:]
         columns = work[:, begin:end].t().contiguous()
         errors = _prune_block_(columns, rows[:, : end - begin], sparsity, compared)
         work[:, begin:end] = columns.t()
         work[:, end:].addmm_(errors.t(), rows[:, end - begin :], alpha=-1)
-    if not bool(torch.isfinite(work).all()):
+    if work is not weight:
+        weight.copy_(work)
+    if not bool(torch.isfinite(weight).all()):
         raise ModelError(
             "The weights that make up for the pruned ones are not finite.",
             where=name,
             fix="other calibration rows, or --method wanda",
         )
-    if work is not weight:
-        weight.copy_(work)
 
 
 def _prune_block_(columns: Tensor, rows: Tensor, sparsity: Sparsity, compared: int) -> Tensor:
