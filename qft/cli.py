@@ -403,8 +403,7 @@ def prune(
         str | None,
         typer.Option(
             "--importance",
-            help="depth: influence, angular; width: contribution, activation, activation-l2, "
-            "taylor.",
+            help="depth: influence, angular; width: activation, activation-mean, taylor.",
         ),
     ] = None,
     multiple_of: Annotated[

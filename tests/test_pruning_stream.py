@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import FAMILIES, GROUPED, make_model
 from torch import Tensor, nn
 
 from qft.errors import ModelError
@@ -15,39 +16,14 @@ from qft.lean.meter import Meter, meter
 from qft.models import ModelSpec
 from qft.pruning.layer_stream import StreamedLayer, stream_layers
 
-SMALL = {
-    "vocab_size": 200, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
-}  # fmt: skip
-GROUPED = {**SMALL, "num_key_value_heads": 2}
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "bert", "classifier")
-
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    import transformers as hub
-
-    window = {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 2}
-    makers: dict[str, Callable[[], Any]] = {
-        "llama": lambda: hub.LlamaForCausalLM(
-            hub.LlamaConfig(**GROUPED, tie_word_embeddings=True)),
-        "qwen2": lambda: hub.Qwen2ForCausalLM(hub.Qwen2Config(**GROUPED, **window)),
-        "qwen3": lambda: hub.Qwen3ForCausalLM(hub.Qwen3Config(**GROUPED, head_dim=16)),
-        "mistral": lambda: hub.MistralForCausalLM(hub.MistralConfig(**GROUPED, sliding_window=6)),
-        "bert": lambda: hub.BertModel(hub.BertConfig(**SMALL)),
-        "classifier": lambda: hub.BertForSequenceClassification(hub.BertConfig(**SMALL)),
-    }  # fmt: skip
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
         if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            torch.manual_seed(1)
-            model = makers[kind]()
-            for parameter in model.parameters():  # larger than a fresh one's, so that errors show
-                parameter.data.mul_(2.0) if parameter.dim() > 1 else None
-            size = "40KB" if kind == "qwen3" else "5GB"  # one of them in many shards
-            model.save_pretrained(made[kind], max_shard_size=size)
+            made[kind] = make_model(kind, tmp_path_factory.mktemp(kind))
         return made[kind]
 
     return make
@@ -164,7 +140,8 @@ def test_a_pass_that_observes_may_propagate_too(family: Any) -> None:
 def test_one_layer_is_in_memory_and_no_more(tmp_path: Path) -> None:
     import transformers as hub
 
-    sizes = {**GROUPED, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
+    sizes = {**GROUPED, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8,
+             "vocab_size": 8000}  # embeddings of eight layers' size  # fmt: skip
     hub.LlamaForCausalLM(hub.LlamaConfig(**sizes)).save_pretrained(tmp_path)
     batches = padded_batches(count=4, rows=2)
     layers: list[nn.Module] = []

@@ -8,7 +8,6 @@ a few hundred positions at a time, and so are exact without ever being stored.
 from __future__ import annotations
 
 import inspect
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from qft.pruning.calibration import CalibrationRows
 _POSITIONS = 256  # whose distributions over the vocabulary exist at once, twice, in float32
 _MICRO_BATCH = 4
 _TIMED_ROWS = 16
-_TIMED_PASSES = 3
+_TIMED_PASSES = 5
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _head_inputs(model: Any, rows: CalibrationRows, part: Sequence[Example]) -> 
 
 
 def _tokens_per_second(model: Any, rows: CalibrationRows) -> float:
-    """The median of a few passes over the first scored rows, after one that warms up."""
+    """The best of a few passes over the first scored rows, which other programs disturb least."""
     takes = inspect.signature(type(model).forward).parameters
     extra = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
     batches = []
@@ -156,14 +155,14 @@ def _tokens_per_second(model: Any, rows: CalibrationRows) -> float:
         batches.append({k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")})
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
     seconds = []
-    for _ in range(_TIMED_PASSES + 1):
+    for _ in range(_TIMED_PASSES):
         _wait(model)
         started = time.perf_counter()
         for batch in batches:
             model(**batch, **extra)
         _wait(model)
         seconds.append(time.perf_counter() - started)
-    return tokens / statistics.median(seconds[1:])
+    return tokens / min(seconds)
 
 
 def _wait(model: Any) -> None:

@@ -7,7 +7,7 @@ compared on held-out rows. What is costly, the scores, is kept beside the output
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from qft.lean.model_parts import head_names
 from qft.merging.merge import fill_folder, require_room
 from qft.progress import QUIET, Reporter
 from qft.pruning.anatomy import Anatomy, open_anatomy
-from qft.pruning.calibration import open_rows
+from qft.pruning.calibration import CalibrationRows, open_rows
 from qft.pruning.comparison import Measured, mean_divergence, measure
 from qft.pruning.methods import method_of
 from qft.pruning.plan import Job, Plan, Settings
@@ -37,12 +37,14 @@ class Rows:
         held_out: rows to judge by; None holds out a part of ``data``.
         task: None is the model's own.
         columns: ``{role: name}`` overrides.
+        judge: whether rows are wanted for a report too.
     """
 
     data: str | None = None
     held_out: str | None = None
     task: str | None = None
     columns: dict[str, str | int] | None = None
+    judge: bool = True
 
 
 def prune(
@@ -90,8 +92,8 @@ def prune(
         task: where the model does not say.
         layers: the layers that go: ``10-15`` (depth).
         width: what shrinks: ``mlp``, ``heads``, ``hidden``, with or without ``=size`` (width).
-        importance: depth: ``influence`` or ``angular``; width: ``contribution``, ``activation``,
-            ``activation-l2`` or ``taylor``.
+        importance: depth: ``influence`` or ``angular``; width: ``activation``,
+            ``activation-mean`` or ``taylor``.
         multiple_of: MLP and hidden sizes are multiples of it.
         keep_first: so many first layers stay (depth).
         keep_last: so many last layers stay (depth).
@@ -120,11 +122,11 @@ def prune(
     if target is None and not dry_run:
         raise RecipeError("Where is the pruned model to go?", where="--out",
                           fix="--out DIR, or --dry-run")  # fmt: skip
-    wanted = Rows(data, eval, task, columns)
-    trusted = trust or models.Trust()
+    wanted = Rows(data, eval, task, columns, report)
     try:
-        job = _open_job(source, target, settings, wanted, dtype, report, dry_run, overwrite,
-                        trusted, reporter)  # fmt: skip
+        folder = _open_folder(source, target, trust or models.Trust(), dry_run, overwrite)
+        spec = _spec_of(folder, task, dtype, trust or models.Trust())
+        job = _open_job(folder, spec, target, settings, wanted, dry_run, reporter)
         plan = method_of(settings).plan(job)
         if dry_run or target is None:
             return {"method": method, "whole": asdict(job.scale.whole()), "choices": plan.choices}
@@ -137,62 +139,74 @@ def prune(
         ) from None
 
 
-def _open_job(
-    source: str,
-    out: Path | None,
-    settings: Settings,
-    wanted: Rows,
-    dtype: str,
-    report: bool,
-    dry_run: bool,
-    overwrite: bool,
-    trust: models.Trust,
-    reporter: Reporter,
-) -> Job:
-    """Opens everything but weights, and refuses what cannot work before anything is computed."""
-    method = method_of(settings)
+def _open_folder(
+    source: str, out: Path | None, trust: models.Trust, dry_run: bool, overwrite: bool
+) -> Path:
+    """The model's folder, once it is sure that it and the output may be used."""
     folder = models.resolve_folder(source, trust)
     _refuse_adapter(folder)
     if out is not None:
         require_apart(out, folder)
         if not dry_run:
             require_absent(out, overwrite=overwrite)
+    return folder
+
+
+def _spec_of(folder: Path, task: str | None, dtype: str, trust: models.Trust) -> models.ModelSpec:
     config = models.read_config(folder)
-    task = wanted.task or models.task_to_train(config)
-    if task not in models.AUTO_CLASSES:
-        raise RecipeError("No such task.", where="--task", found=task,
+    named = task or models.task_to_train(config)
+    if named not in models.AUTO_CLASSES:
+        raise RecipeError("No such task.", where="--task", found=named,
                           fix=", ".join(models.AUTO_CLASSES))  # fmt: skip
-    labels, kind = models.labels_in(config) if task in ("classify", "token") else (None, "one")
+    labels, kind = models.labels_in(config) if named in ("classify", "token") else (None, "one")
     chosen = hardware.choose(dtype=dtype)
-    spec = models.ModelSpec(str(folder), task, labels, kind, dtype=chosen.dtype,
+    return models.ModelSpec(str(folder), named, labels, kind, dtype=chosen.dtype,
                             device=chosen.device, trust=trust)  # fmt: skip
+
+
+def _open_job(
+    folder: Path,
+    spec: models.ModelSpec,
+    out: Path | None,
+    settings: Settings,
+    wanted: Rows,
+    dry_run: bool,
+    reporter: Reporter,
+) -> Job:
+    """Opens everything but weights, and refuses what cannot work before anything is computed."""
+    scored = method_of(settings).needs_rows(settings)
     anatomy = open_anatomy(folder, spec)
     scale = Scale(anatomy)
-    scored = method.needs_rows(settings)
+    job = Job(anatomy, scale, settings, None, ScoreStore(None, {}), reporter, dry_run)
+    job.target()
     if scored and wanted.data is None and not dry_run:
-        Job(anatomy, scale, settings, None, ScoreStore(None, {}), reporter).require_rows()
+        job.require_rows()
     rows = None
-    if (wanted.data or wanted.held_out) and (scored or report):
+    if (wanted.data or wanted.held_out) and (scored or wanted.judge):
         rows = open_rows(
-            folder, task, wanted.data, held_out=wanted.held_out, rows=settings.calibration_rows,
-            max_length=settings.max_length, columns=wanted.columns, seed=settings.seed,
-            trust=trust,
+            folder, spec.task, wanted.data, held_out=wanted.held_out,
+            rows=settings.calibration_rows, max_length=settings.max_length,
+            columns=wanted.columns, seed=settings.seed, trust=spec.trust,
         )  # fmt: skip
         reporter.say(f"rows: {len(rows.scored)} to score by, {len(rows.held_out)} held out")
         for note in rows.notes:
             reporter.say(note)
-    identity = {
-        "model": models.fingerprint(folder),
-        "config": dict(config),
+    store = ScoreStore.beside(out, _identity(anatomy, rows))
+    usable = rows if wanted.data is not None else None
+    return replace(job, rows=usable, store=store, judged=rows)
+
+
+def _identity(anatomy: Anatomy, rows: CalibrationRows | None) -> dict[str, Any]:
+    """What decides scores, beside what they are called."""
+    return {
+        "model": models.fingerprint(anatomy.folder),
+        "config": dict(anatomy.config),
         "rows": rows.fingerprints()["scored"] if rows is not None else None,
-        "task": task,
-        "dtype": str(chosen.dtype),
-        "device": chosen.device,
+        "task": anatomy.spec.task,
+        "dtype": str(anatomy.spec.dtype),
+        "device": anatomy.spec.device,
         "software": _software(),
     }
-    store = ScoreStore.beside(out, identity)
-    usable = rows if wanted.data is not None else None
-    return Job(anatomy, scale, settings, usable, store, reporter, dry_run, judged=rows)
 
 
 def _refuse_adapter(folder: Path) -> None:

@@ -18,7 +18,7 @@ from qft.pruning.anatomy import Anatomy
 from qft.pruning.calibration import CalibrationRows
 from qft.pruning.layer_stream import StreamedLayer, stream_layers
 
-IMPORTANCE = ("contribution", "activation", "activation-l2", "taylor")
+IMPORTANCE = ("activation", "activation-mean", "taylor")
 
 _NEURONS_OUT = re.compile(r"mlp\.down_proj|output\.dense")
 _HEADS_OUT = re.compile(r"self_attn\.o_proj|attention\.output\.dense")
@@ -45,13 +45,11 @@ def score_width(
 ) -> WidthScores:
     """Scores of every neuron, head and hidden channel.
 
-    ``activation`` is the mean absolute value of a neuron's output over all tokens, a head's being
-    the sum over its channels, a hidden channel's the mean after every norm, summed (Muralidharan et
-    al. 2024, Minitron, https://arxiv.org/abs/2407.14679); ``activation-l2`` takes the root of the
-    mean square; ``contribution`` multiplies a neuron's and a head channel's mean absolute value by
-    the norm of the weight column that it goes on through, since a loud neuron that nothing listens
-    to says nothing. These hold one layer in memory. ``taylor`` is the first-order change of the
-    loss, ``|Σ activation · gradient|`` a row, averaged (Molchanov et al. 2019,
+    ``activation`` is the root mean square of a neuron's output over all tokens, a head's being the
+    sum over its channels, a hidden channel's the same after every norm, summed; ``activation-mean``
+    is the mean absolute value instead (both from Muralidharan et al. 2024, Minitron,
+    https://arxiv.org/abs/2407.14679). These hold one layer in memory. ``taylor`` is the first-order
+    change of the loss, ``|Σ activation · gradient|`` a row, averaged (Molchanov et al. 2019,
     https://arxiv.org/abs/1906.10771): it holds the whole model and a row's activations.
     """
     tally = _Tally(anatomy, importance)
@@ -121,31 +119,26 @@ class _Tally:
 
     def _before(self, layer: StreamedLayer, into: Tensor) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[Tensor]) -> None:
-            into.add_(self._summed(arguments[0], layer.tokens, module.weight).to(into.device))
+            into.add_(self._summed(arguments[0], layer.tokens).to(into.device))
 
         return hook
 
     def _after(self, layer: StreamedLayer) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, made: Tensor) -> None:
-            self.hidden.add_(self._summed(made, layer.tokens, None).to(self.hidden.device))
+            self.hidden.add_(self._summed(made, layer.tokens).to(self.hidden.device))
 
         return hook
 
-    def _summed(self, values: Tensor, tokens: Tensor, weight: Tensor | None) -> Tensor:
+    def _summed(self, values: Tensor, tokens: Tensor) -> Tensor:
         """Over the text of a batch: ``[channels]``."""
         text = values[tokens].double()
-        if self._importance == "activation-l2":
-            return text.square().sum(0)
-        total = text.abs().sum(0)
-        if self._importance == "contribution" and weight is not None:
-            total = total * weight.double().norm(dim=0)
-        return total
+        return text.square().sum(0) if self._importance == "activation" else text.abs().sum(0)
 
     def result(self) -> WidthScores:
         """The means, heads summed over their channels."""
         sums = [self.neurons, self.channels, self.hidden]
         neurons, channels, hidden = (total / max(self.count, 1) for total in sums)
-        if self._importance == "activation-l2":
+        if self._importance == "activation":
             neurons, channels, hidden = neurons.sqrt(), channels.sqrt(), hidden.sqrt()
         heads = channels.unflatten(1, (self._sizes.heads, -1)).sum(-1)
         return WidthScores(neurons, heads, hidden)
@@ -194,7 +187,7 @@ def _backward(model: Any, example: Example, rows: CalibrationRows, anatomy: Anat
         loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
     if loss is None or not loss.requires_grad:
         raise ModelError("The model gives no loss to take gradients of.", where=anatomy.folder,
-                         fix="--importance contribution")  # fmt: skip
+                         fix="--importance activation")  # fmt: skip
     loss.backward()
 
 
