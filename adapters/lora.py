@@ -34,6 +34,7 @@ from adapters.peft_backed import (
     read_config,
     read_tensors,
 )
+from adapters.zero_keeping import MARK, keep_zeros
 from qft.errors import AdapterError
 from qft.lean.model_parts import head_names
 from qft.strategy import BaseTensors, Context, Merge, Needs
@@ -81,6 +82,9 @@ class LoRA(PeftStrategy):
         "default", description="gaussian, pissa, olora, orthogonal; eva (data), loftq (4 bits)"
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that train too")
+    keep_zeros: bool = Field(
+        False, description="of a pruned base: weights that are zero stay zero, merged too"
+    )
 
     @field_validator("targets")
     @classmethod
@@ -97,6 +101,17 @@ class LoRA(PeftStrategy):
         ranks = [self.rank, *self.rank_pattern.values()]
         if self.initialisation == "orthogonal" and any(rank % 2 for rank in ranks):
             raise ValueError("orthogonal halves the rank between A and B: it must be even")
+        return self
+
+    @model_validator(mode="after")
+    def _can_keep_zeros(self) -> Self:
+        if self.keep_zeros and self.dora:
+            raise ValueError("keep_zeros cannot be combined with dora")
+        if self.keep_zeros and self.initialisation in (*CHANGES_BASE, "loftq", "orthogonal"):
+            raise ValueError(
+                f"keep_zeros needs an update that begins at zero; {self.initialisation} begins "
+                "with one that is not masked"
+            )
         return self
 
     @property
@@ -144,6 +159,8 @@ class LoRA(PeftStrategy):
     def attach(self, model: nn.Module, context: Context) -> nn.Module:
         """Freezes the model and adds the adapter."""
         wrapped = super().attach(model, context)
+        if self.keep_zeros:
+            keep_zeros(wrapped)
         finish_start(self.initialisation, wrapped, context)
         return wrapped
 
@@ -173,6 +190,8 @@ class LoRA(PeftStrategy):
         elif first := first_update(model):
             save_file(first, folder / FIRST_FILE, metadata={"format": "pt"})
             changes["loftq_config"] = FIRST_MARK
+        if self.keep_zeros:
+            changes[MARK] = True
         if changes:
             change_config(folder, changes)
 
@@ -207,6 +226,7 @@ class LoRA(PeftStrategy):
             rank_stabilised=values.get("use_rslora", False),
             dora=values.get("use_dora", False),
             bias=values.get("bias", "none"),
+            keep_zeros=bool(values.get(MARK)),
         )
 
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
@@ -215,7 +235,9 @@ class LoRA(PeftStrategy):
         parts = lora_parts(read_tensors(folder), values, self.rank_stabilised, folder)
         parts = less_first(parts, read_first(folder, values), folder)
         transposed = bool(values.get("fan_in_fan_out"))
-        return LowRankMerge(parts, base, folder, transposed=transposed)
+        return LowRankMerge(
+            parts, base, folder, transposed=transposed, keep_zeros=bool(values.get(MARK))
+        )
 
 
 def _refuse_unknown(values: dict[str, Any], folder: Path) -> None:

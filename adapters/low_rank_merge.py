@@ -52,9 +52,12 @@ class Parts:
 class LowRankMerge:
     """Adds each update to its weight; replaces biases, heads and embeddings' rows."""
 
-    def __init__(self, parts: Parts, base: BaseTensors, folder: Path, *, transposed: bool) -> None:
+    def __init__(
+        self, parts: Parts, base: BaseTensors, folder: Path, *, transposed: bool,
+        keep_zeros: bool = False,
+    ) -> None:  # fmt: skip
         self._parts, self._folder = parts, folder
-        self._transposed = transposed
+        self._transposed, self._keep_zeros = transposed, keep_zeros
         self._shapes = {name: base.shape(name) for name in base.names()}
         for name, update in parts.updates.items():
             shape = (update.up.shape[0], update.down.shape[1])
@@ -100,7 +103,10 @@ class LowRankMerge:
         if update is None:
             return tensor
         delta = (update.up.float() @ update.down.float()) * update.scale
-        merged = tensor.float() + (delta.T if self._transposed else delta)
+        delta = delta.T if self._transposed else delta
+        if self._keep_zeros:
+            delta.masked_fill_(tensor == 0, 0)
+        merged = tensor.float() + delta
         if update.magnitude is None:
             return merged
         along = 0 if self._transposed else 1  # each output's weights

@@ -402,12 +402,19 @@ def export_model(
     _print(report, as_json, lambda: print(out))
 
 
+_METHODS = "depth, width; magnitude, wanda, sparsegpt set weights to zero."
+
+
 @app.command()
 def prune(
     source: Annotated[str, typer.Argument(help="A model folder or hub id, not quantized.")],
-    method: Annotated[str, typer.Option("--method", "-m", help="depth or width.")] = "depth",
+    method: Annotated[str, typer.Option("--method", "-m", help=_METHODS)] = "depth",
     ratio: Annotated[
-        float | None, typer.Option("--ratio", help="Share of all parameters that goes: 0.25.")
+        float | None,
+        typer.Option("--ratio", help="Share of all parameters that goes, or becomes zero: 0.25."),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--pattern", help="Of every m weights n stay, n:m: 2:4.")
     ] = None,
     params: Annotated[
         str | None, typer.Option("--params", help="Parameters that stay at most: 1.0B.")
@@ -462,7 +469,7 @@ def prune(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Make a model smaller: fewer layers, or narrower ones."""
+    """Make a model smaller: fewer layers, or narrower ones; or set weights to zero."""
     from qft.pruning.prune import prune as run
 
     result = run(
@@ -470,6 +477,7 @@ def prune(
         out,
         method=method,
         ratio=ratio,
+        pattern=pattern,
         params=params,
         size=size,
         data=data,

@@ -18,6 +18,7 @@ from qft.lean.checkpointing import (
 )
 from qft.lean.dropout import DropoutClock, install_dropout, remove_dropout
 from qft.lean.engine import Engine, Savers, install_engine
+from qft.lean.kept_zeros import keeps_zeros
 from qft.lean.lora_linear import is_lora_layer
 from qft.lean.model_parts import device_of
 from qft.lean.offload import Place
@@ -205,12 +206,16 @@ def _stock_dropouts(inner: Any) -> list[str]:
 def _left_to_peft(inner: Any) -> list[str]:
     """LoRA layers of a kind the engine does not know, which cost what they cost in PEFT."""
     layers = [module for module in inner.modules() if getattr(module, "lora_A", None)]
-    others = [m for m in layers if not is_lora_layer(m) or getattr(m, "lora_variant", None)]
+    others = [m for m in layers if not (is_lora_layer(m) and _is_known(m))]
     if not others:
         return []
     return [
         f"{len(others)} of {len(layers)} adapters keep PEFT's own code (AdaLoRA, DoRA, Conv1D)."
     ]
+
+
+def _is_known(layer: Any) -> bool:
+    return keeps_zeros(layer) or not getattr(layer, "lora_variant", None)
 
 
 def _notes(inner: Any, recompute: bool, asked: Checkpointing, offload: Offload) -> list[str]:

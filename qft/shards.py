@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -256,6 +256,24 @@ class ShardedCheckpoint:
             return torch.empty(entry.shape, dtype=entry.dtype)
         return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some rows of a tensor, in the order asked for; nothing else is read.
+
+        Args:
+            rows: positions along the first axis.
+        """
+        path, entry = self._place(name)
+        row_bytes = entry.bytes // entry.shape[0]
+        buffer = bytearray(len(rows) * row_bytes)
+        view = memoryview(buffer)
+        for place, row in enumerate(rows):
+            if not 0 <= row < entry.shape[0]:
+                raise IndexError(f"{name} has no row {row}")
+            part = Entry(entry.shape[1:], entry.dtype, entry.offset + row * row_bytes, row_bytes)
+            self._fill(path, part, view[place * row_bytes : (place + 1) * row_bytes])
+        shape = (len(rows), *entry.shape[1:])
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(shape)
+
     def head(self, name: str, count: int) -> bytes:
         """The first ``count`` bytes (or fewer) of a tensor's data."""
         path, entry = self._place(name)
@@ -270,7 +288,7 @@ class ShardedCheckpoint:
             found.add(name, self.shape(name), self.dtype(name), self.head(name, _HEAD_BYTES))
         return found.text()
 
-    def _fill(self, path: Path, entry: Entry, buffer: bytearray) -> None:
+    def _fill(self, path: Path, entry: Entry, buffer: bytearray | memoryview) -> None:
         stream = self._streams.get(path)
         if stream is None:
             stream = self._streams[path] = path.open("rb")

@@ -27,8 +27,8 @@ _PLACES = """
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
     lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
-    lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.shared_input
-    lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
+    lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
+    lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
     quantization pooling model_dropout shards shard_writer models adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
@@ -46,8 +46,10 @@ _PLACES = """
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
     distillation.cached distillation.teacher_texts distillation.teach
     merging.side_files merging.tensors merging.merge
+    pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
+    pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds

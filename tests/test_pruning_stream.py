@@ -140,7 +140,8 @@ def test_a_pass_that_observes_may_propagate_too(family: Any) -> None:
 def test_one_layer_is_in_memory_and_no_more(tmp_path: Path) -> None:
     import transformers as hub
 
-    sizes = {**GROUPED, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8}
+    sizes = {**GROUPED, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 8,
+             "vocab_size": 8000}  # embeddings of eight layers' size  # fmt: skip
     hub.LlamaForCausalLM(hub.LlamaConfig(**sizes)).save_pretrained(tmp_path)
     batches = padded_batches(count=4, rows=2)
     layers: list[nn.Module] = []

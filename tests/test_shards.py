@@ -39,6 +39,16 @@ def specs() -> list[tuple[str, tuple[int, ...], torch.dtype]]:
     return [(name, tuple(t.shape), t.dtype) for name, t in TENSORS.items()]
 
 
+def test_some_rows_are_read_and_no_others(tmp_path):
+    save_file(TENSORS, tmp_path / SINGLE)
+    with ShardedCheckpoint(tmp_path) as checkpoint:
+        assert torch.equal(checkpoint.read_rows("a", [2, 0, 2]), TENSORS["a"][[2, 0, 2]])
+        assert torch.equal(checkpoint.read_rows("b", [4]), TENSORS["b"][[4]])
+        for row in (3, -1):
+            with pytest.raises(IndexError, match="a has no row"):
+                checkpoint.read_rows("a", [row])
+
+
 def test_reads_what_the_reference_library_writes(tmp_path):
     save_file(TENSORS, tmp_path / SINGLE)
     with ShardedCheckpoint(tmp_path) as checkpoint:

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from qft.lean.gated_mlp import LeanGatedMLP, is_gated_mlp, slope_of
 from qft.lean.host_embeddings import HostLookup, move_back, move_to_host
 from qft.lean.int8_head import Int8Head
+from qft.lean.kept_zeros import KeptZerosForward, keeps_zeros
 from qft.lean.lora_linear import LeanForward, MakeFrozen, is_lora_layer
 from qft.lean.model_loss import ModelLoss, install_model_loss, remove_model_loss
 from qft.lean.model_parts import CROSS_ATTENTION, output_embeddings
@@ -127,6 +128,9 @@ def install_engine(
         if is_replaced(module):
             continue
         if savers.lora and (frozen := _frozen_base(module, make_frozen)) is not None:
+            if keeps_zeros(module):
+                _install(engine, "lora", module, KeptZerosForward, frozen)
+                continue
             _install(engine, "lora", module, LeanForward, frozen, siblings.of(module, frozen))
         elif savers.norms and (kind := kinds.norm(module)) is not None:
             _install(engine, "norms", module, LeanNorm, *kind)

@@ -154,17 +154,23 @@ def is_cast(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
-def lean_update(layer: Any, x: Tensor) -> Update | None:
+def lean_update(layer: Any, x: Tensor, *, keeps_zeros: bool = False) -> Update | None:
     """What a PEFT LoRA layer adds to ``W x`` just now; None where PEFT's own forward must do it.
 
     That is where the adapter is switched off, merged, one of several, a variant (DoRA), or where
     the base itself trains.
+
+    Args:
+        keeps_zeros: the update of the one variant that leaves the base's zeros alone is asked for
+            (`qft.lean.kept_zeros`), and of no other layer.
     """
     active = layer.active_adapters
     if layer.disable_adapters or layer.merged or len(active) != 1 or is_cast(x):
         return None
     name = active[0]
-    if name not in layer.lora_A or name in layer.lora_variant:
+    variant = layer.lora_variant.get(name)
+    wanted = getattr(variant, "keeps_zeros", False) if keeps_zeros else variant is None
+    if name not in layer.lora_A or not wanted:
         return None
     if layer.lora_B[name].bias is not None or any(
         p.requires_grad for p in layer.get_base_layer().parameters(recurse=False)

@@ -77,6 +77,10 @@ class ModuleTensors:
         """A base tensor as it is stored, on the CPU."""
         return self._checkpoint.read(self._name(name))
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some of its rows."""
+        return self._checkpoint.read_rows(self._name(name), rows)
+
     def _name(self, name: str) -> str:
         try:
             return self._stored[name]

@@ -3,9 +3,9 @@
 The model is built on the meta device. Its own forward runs once a batch with every layer replaced
 by a recorder, so that each layer's own arguments (masks, sliding windows, position embeddings) and
 the first hidden states are known before any layer is loaded; a module beside the layers is loaded
-when it is first called. Then a layer after the other is read from the shards, run, and dropped. At
-the most there are in memory: one layer or the embeddings, whichever are larger, the hidden states
-of all rows, and what one batch needs within one layer.
+when it is first called, of embeddings only the rows that are looked up. Then a layer after the
+other is read from the shards, run, and dropped. At the most there are in memory: one layer, the
+hidden states of all rows, and what one batch needs within one layer.
 """
 
 from __future__ import annotations
@@ -232,13 +232,25 @@ class _Loader:
         every = self._skeleton.named_modules()
         return [(n, m) for n, m in every if not f"{n}.".startswith(f"{stack_name}.")]
 
-    def _on_call(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, _: Any) -> None:
+    def _on_call(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> Any:
+            if type(module) is nn.Embedding and len(given) == 1:
+                return (self._look_up(module, name, given[0]),)
             if any(t is not None and t.is_meta for t in (*module._parameters.values(),
                                                          *module._buffers.values())):  # fmt: skip
                 self._load_own(module, name)
+            return None
 
         return hook
+
+    def _look_up(self, module: nn.Embedding, name: str, tokens: Tensor) -> Tensor:
+        """Loads the rows of these tokens alone, and says where each token's row is now."""
+        rows, places = torch.unique(tokens, return_inverse=True)
+        value = self._tensors.read_rows(f"{name}.weight", rows.tolist())
+        value = value.to(self.device, module.weight.dtype)
+        module.weight = nn.Parameter(value, requires_grad=False)
+        module.padding_idx = None  # it matters to gradients only, and counts the rows of old
+        return places
 
     def _load_own(self, module: nn.Module, name: str) -> None:
         prefix = f"{name}." if name else ""

@@ -21,6 +21,7 @@ class Settings:
 
     method: str
     ratio: float | None = None
+    pattern: str | None = None
     params: str | int | None = None
     size: str | int | None = None
     layers: str | None = None

@@ -53,6 +53,7 @@ def prune(
     *,
     method: str = "depth",
     ratio: float | None = None,
+    pattern: str | None = None,
     params: str | int | None = None,
     size: str | int | None = None,
     data: str | None = None,
@@ -81,7 +82,9 @@ def prune(
         source: folder or hub id of an unquantized model: one stack of layers, safetensors.
         out: folder to write; not needed for a dry run, whose scores are kept beside it if named.
         method: a key of `qft.pruning.methods.METHODS`.
-        ratio: the share of all parameters (embeddings count) that goes, at least.
+        ratio: the share of all parameters (embeddings count) that goes, at least; of the methods
+            that set zeros, the share of each linear layer's weights that becomes zero.
+        pattern: instead of it, ``n:m``: of every m weights of a row, n stay (zeros).
         params: instead of it, parameters that stay at most: ``1.0B``.
         size: instead of it, bytes of weights that stay at most: ``500MiB``.
         data: rows to score by, and, without ``eval``, to hold a part out of.
@@ -108,8 +111,9 @@ def prune(
         Interrupted: Ctrl-C; the scores are kept.
         QftError: the model, the rows or the wishes cannot be served; says why.
     """
-    settings = Settings(method, ratio, params, size, layers, width, importance, multiple_of,
-                        keep_first, keep_last, calibration_rows, max_length, seed)  # fmt: skip
+    settings = Settings(method, ratio, pattern, params, size, layers, width, importance,
+                        multiple_of, keep_first, keep_last, calibration_rows, max_length,
+                        seed)  # fmt: skip
     if min(multiple_of, calibration_rows, max_length) < 1 or min(keep_first, keep_last) < 0:
         raise RecipeError("A count is below what makes sense.",
                           where="--multiple-of, --calibration-rows, --max-length, "

@@ -3,6 +3,7 @@
 .pruning-NAME/           beside the folder NAME that is to be written
   identity.json          everything that decides the scores: model, rows, settings, versions
   <what>.json            one method's scores and their SHA-256: there and whole, or not there
+  <what>/                what is too large for that; whoever fills it sees to it being whole
 """
 
 from __future__ import annotations
@@ -47,8 +48,7 @@ class ScoreStore:
         """
         if self._folder is None:
             return compute(), False
-        if _read(self._folder / _IDENTITY) != self._identity:
-            self.remove()
+        self._require_identity()
         path = self._folder / f"{name}.json"
         found = _read(path)
         if isinstance(found, dict) and found.get("sha256") == _hash(found.get("scores")):
@@ -59,6 +59,25 @@ class ScoreStore:
             write_json(self._folder / _IDENTITY, self._identity)
             write_json(path, {"sha256": _hash(made), "scores": made})
         return made, False
+
+    def place(self, name: str) -> Path:
+        """A folder of that name; what is in it was made under the same identity.
+
+        Raises:
+            SaveError: the disk is full.
+        """
+        if self._folder is None:
+            raise ValueError("a store that keeps nothing has no place")
+        self._require_identity()
+        with explain_write_errors(self._folder):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
+            write_json(self._folder / _IDENTITY, self._identity)
+        return self._folder / name
+
+    def _require_identity(self) -> None:
+        """Removes what was made under another."""
+        if self._folder is not None and _read(self._folder / _IDENTITY) != self._identity:
+            self.remove()
 
     def remove(self) -> None:
         """Forgets everything."""

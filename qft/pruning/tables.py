@@ -9,6 +9,9 @@ def summary(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """The report as a table: what, before, after, and the after as a share of the before."""
     rows = [_row(name, result["before"][name], result["after"][name])
             for name in ("parameters", "bytes")]  # fmt: skip
+    if "sparsity" in result:
+        zeros, weights = result["layers"]["zeros"], result["layers"]["weights"]
+        rows.append(("zeros in the layers", "", f"{zeros:,}", f"{zeros / weights:.1%}"))
     speed = result.get("speed") or {}
     if speed:
         rows.append(_row("tokens/s read", round(speed["before"]), round(speed["after"])))
