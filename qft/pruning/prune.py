@@ -258,7 +258,7 @@ def _write(job: Job, plan: Plan, out: Path, report: bool, overwrite: bool) -> di
 
 
 def _copy_pooling(source: Path, folder: Path) -> None:
-    """What makes a sentence encoder of an encoder: how it pools, in sentence-transformers' files."""
+    """Copies how a sentence encoder pools, which sentence-transformers keeps beside the model."""
     for place, names in (
         (".", ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")),
         ("1_Pooling", ("config.json",)),
