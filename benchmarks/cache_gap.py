@@ -76,7 +76,7 @@ def gradient(recipe: Any, source: Source | None = None) -> tuple[float, torch.Te
         model, inputs.train.examples, inputs.task, step=1, micro_batch=4,
         pad_token_id=pad_id(inputs.tokenizer), loss=loss,
     )  # fmt: skip
-    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    found = torch.cat([p.grad.double().flatten() for p in model.parameters() if p.grad is not None])
     return float(result.loss), found, report
 
 

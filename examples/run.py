@@ -1,4 +1,4 @@
-"""Runs an example recipe from beginning to end: check, train, evaluate, write.
+"""Runs an example recipe from beginning to end: check, train (or heal), evaluate, write.
 
     python examples/run.py examples/translation.yaml
     python examples/run.py examples/translation.yaml strategy=full train.learning_rate=3e-4
@@ -94,9 +94,15 @@ def smoke(recipe: qft.Recipe, folder: Path, *, chinese: bool = False) -> qft.Rec
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         path.write_text(text, encoding="utf-8")
     values["model"] = smoke_model(recipe.task, folder)
+    if "teacher" in values["strategy"]:
+        values["strategy"] |= {"teacher": values["model"], "teacher_quantize": "none"}
     values["output"] = str(folder / "run")
     values["data"] |= {"train": str(path), "eval": None, "eval_share": 0.25,
                        "max_duplicate_share": 1}  # fmt: skip
+    if recipe.export:  # rows that a model has never seen the like of judge too harshly
+        values["export"] = ["gguf:f16"]
+    if recipe.prune is not None:  # a chain judges by a file of its own
+        values["data"] |= {"eval": str(path), "eval_share": 0}
     values["train"] |= {"max_steps": 4, "batch_size": 8,
                         "max_length": min(recipe.train.max_length, 128)}  # fmt: skip
     return qft.build_recipe(values)
@@ -110,13 +116,21 @@ def run(path: Path, overrides: list[str], *, small: bool) -> None:
         if small:
             recipe = smoke(recipe, Path(folder), chinese=path.stem.endswith("_zh"))
         qft.check(recipe, reporter=reporter)
+        if recipe.prune is not None:
+            healed = qft.heal(recipe, reporter=reporter)["healed"]
+            _show(healed["metrics"])
+            return
         result = qft.train(recipe, reporter=reporter)
         writes = recipe.task in WRITES
         metrics = qft.evaluate(
             str(result.folder), generate=writes, max_new_tokens=16, reporter=reporter
         )
-        for name, value in metrics.items():
-            print(f"{name}: {value:.4f}")
+        _show(metrics)
+
+
+def _show(metrics: dict[str, float]) -> None:
+    for name, value in metrics.items():
+        print(f"{name}: {value:.4f}")
 
 
 def main() -> None:

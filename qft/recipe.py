@@ -282,6 +282,7 @@ class Prune(Settings):
     width: str | None = Field(None, description="width: what shrinks: mlp, heads, hidden=512")
     pattern: str | None = Field(None, description="magnitude, wanda, sparsegpt: 2:4")
     importance: str | None = Field(None, description="how parts are scored; else the usual way")
+    multiple_of: int = Field(8, ge=1, description="MLP and hidden sizes are; GGUF: 32 or 256")
     calibration_rows: int = Field(128, ge=1, description="training rows that are scored")
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from qft.errors import QftError
 from qft.recipe import load_recipe
-from qft.registry import settings_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted(path.name for path in EXAMPLES.glob("*.yaml"))
@@ -94,19 +93,19 @@ def test_the_table_has_every_application_in_every_way():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_tells_the_other_ways_and_they_validate(name: str):
-    own = settings_of(load_recipe(EXAMPLES / name).strategy)["name"]
+    own = load_recipe(EXAMPLES / name).strategy.handed_over.name
     told = header_ways(name)
     assert set(told) | {{"head": WAYS[0], "full": WAYS[1]}.get(own)} - {None} == set(WAYS)
     for way, overrides in told.items():
         recipe = load_recipe(EXAMPLES / name, overrides)
         assert recipe.task in recipe.strategy.tasks
         expected = ("full",) if way == "everything" else ("head", "layers")
-        assert settings_of(recipe.strategy)["name"] in expected
+        assert recipe.strategy.handed_over.name in expected
         if way == "everything":  # what trains cannot be quantized
             assert recipe.quantize == "none"
         if way == "last layer":
             has_head = recipe.task in ("classify", "extract", "token")
-            assert (settings_of(recipe.strategy)["name"] == "head") == has_head
+            assert (recipe.strategy.handed_over.name == "head") == has_head
 
 
 def test_a_wrong_override_is_told_without_a_traceback():
