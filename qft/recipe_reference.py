@@ -27,7 +27,7 @@ def json_schema() -> dict[str, Any]:
     required = []
     for name, field in Recipe.model_fields.items():
         if name == "strategy":
-            properties[name] = {"anyOf": [_strategy_schema(n) for n in BUILT_IN]}
+            properties[name] = {"anyOf": [_strategy_schema(n, definitions) for n in BUILT_IN]}
             definitions["Strategy"] = properties[name]  # a stack's parts
             required.append(name)
             continue
@@ -58,11 +58,12 @@ class _Wrapper:
         return create_model("Field", **{name: definition})
 
 
-def _strategy_schema(name: str) -> dict[str, Any]:
+def _strategy_schema(name: str, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Groups of knobs within it join the ``definitions``."""
     schema = strategy_class(name).model_json_schema()
     schema["properties"] = {"name": {"const": name}, **schema.get("properties", {})}
     schema["required"] = ["name", *schema.get("required", [])]
-    schema.pop("$defs", None)  # only a stack has any: the strategies themselves
+    definitions |= {n: d for n, d in schema.pop("$defs", {}).items() if n != "Strategy"}
     return schema
 
 
