@@ -470,7 +470,7 @@ def test_classes_are_matched_by_name():
         ({"loss": "none"}, "nothing to learn"),
         ({"loss": "uld", "temperature": 2.0}, "uld"),
         ({"loss": "jsd", "cache": "samples"}, "without bias"),
-        ({"on_policy": 0.5}, "cache: off"),
+        ({"on_policy": 0.5, "cache": "top-k"}, "cache: off"),
         ({"hidden": {"layers": {-1: 1}}}, "count from 0"),
         ({"student": "distill"}, "student"),
     ],

@@ -130,7 +130,7 @@ def test_unfinished_answers_are_left_out(
 
 def test_texts_of_other_tasks_ask_for_nothing(tmp_path: Path, tiny_llama: Path, write_rows: Rows):
     rows = write_rows([{"text": "hello"}] * 8)
-    for more in ({"texts": "teacher"}, {"on_policy": 0.5, "cache": "off"}):
+    for more in ({"texts": "teacher"}, {"on_policy": 0.5}):
         with pytest.raises(RecipeError, match="cannot train the task"):
             qft.train(recipe_of(tmp_path, tiny_llama, rows, tiny_llama, "text", **more))
 
@@ -141,7 +141,7 @@ def test_texts_of_other_tasks_ask_for_nothing(tmp_path: Path, tiny_llama: Path, 
 def test_the_students_own_answers(tiny_llama: Path):
     model = open_model(tiny_llama, ModelSpec(str(tiny_llama), dtype=torch.float32))
     tokenizer = open_tokenizer(tiny_llama)
-    settings = DistillSettings(teacher="x", cache="off", on_policy=0.5, max_new_tokens=6)
+    settings = DistillSettings(teacher="x", on_policy=0.5, max_new_tokens=6)
     own = OwnTexts(settings, tokenizer, max_length=16, seed=3)
     examples = [
         Example(0, {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, 7, 8, 9]}),
@@ -177,7 +177,7 @@ def test_a_student_that_writes_goes_on_as_if_never_stopped(
     kind: str, tmp_path: Path, tiny_llama: Path, speaking: Path, write_rows: Rows
 ):
     settings: dict[str, Any] = {
-        "on_policy": 0.7, "loss": kind, "cache": "off", "max_new_tokens": 5
+        "on_policy": 0.7, "loss": kind, "max_new_tokens": 5
     }  # fmt: skip
     rows = questions(write_rows)
     whole = qft.train(recipe_of(tmp_path / "a", tiny_llama, rows, speaking, **settings))

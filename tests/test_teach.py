@@ -119,7 +119,8 @@ def recipe_values(
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[task]), encoding="utf-8")
     kind = KINDS.get(task, task)
     strategy = {"name": "distill", "teacher": str(model(f"{kind}-teacher")),
-                "student": {"name": "full"}, "cache_precision": "float32", **distill}  # fmt: skip
+                "student": {"name": "full"}, "cache": "top-k", "cache_precision": "float32",
+                **distill}  # fmt: skip
     return {
         "model": str(model(kind)), "task": task, "data": {"train": str(rows)},
         "strategy": strategy, "dtype": "float32", "device": "cpu",

@@ -106,7 +106,7 @@ def kept_of(recipe: Recipe, settings: DistillSettings, task: Task, pairs: Pairs)
     if settings.loss == "none":
         kind = "none"
     elif task.predicts == "tokens":
-        kind = "samples" if settings.cache == "samples" else "top-k"
+        kind = "samples" if settings.keeps == "samples" else "top-k"
     return Kept(
         kind=kind,
         count=settings.draws if kind == "samples" else settings.top_k,

@@ -68,11 +68,12 @@ class DistillSettings(BaseModel):
     hidden: HiddenStates | None = Field(
         None, description="also learn from the teacher's hidden states"
     )
-    cache: Literal["top-k", "samples", "off"] = Field(
-        "top-k",
+    cache: Literal["auto", "top-k", "samples", "off"] = Field(
+        "auto",
         description="what is kept on disk of the teacher's word on each token, so that it need "
         "not be there while the student trains: its likeliest tokens, or tokens drawn from its "
-        "distribution; off keeps the teacher in memory",
+        "distribution; off keeps the teacher in memory; auto is samples for forward-kl, off with "
+        "on_policy, else top-k",
     )
     top_k: int = Field(64, ge=1, description="tokens kept of each position (top-k)")
     draws: int = Field(64, ge=1, description="tokens drawn at each position (samples)")
@@ -103,10 +104,10 @@ class DistillSettings(BaseModel):
                              "texts: teacher")  # fmt: skip
         if self.loss == "uld" and self.temperature != 1:
             raise ValueError("uld compares sorted probabilities as they are; temperature: 1")
-        if self.caches and self.cache == "samples" and self.loss not in ("forward-kl", "none"):
+        if self.cache == "samples" and self.loss not in ("forward-kl", "none"):
             raise ValueError(f"samples are without bias for forward-kl alone, not for {self.loss}; "
                              "cache: top-k")  # fmt: skip
-        if self.on_policy and self.cache != "off":
+        if self.on_policy and self.caches:
             raise ValueError("what the student writes is new in every step; cache: off")
         if self.on_policy and self.loss in ("none", "uld"):
             raise ValueError("the teacher judges each token of what the student writes; loss: "
@@ -116,7 +117,16 @@ class DistillSettings(BaseModel):
     @property
     def caches(self) -> bool:
         """Whether the teacher's word is kept on disk."""
-        return self.cache != "off"
+        return self.keeps != "off"
+
+    @property
+    def keeps(self) -> Literal["top-k", "samples", "off"]:
+        """What is kept of a text's tokens."""
+        if self.cache != "auto":
+            return self.cache
+        if self.on_policy:
+            return "off"
+        return "samples" if self.loss == "forward-kl" else "top-k"
 
     @property
     def writes(self) -> bool:

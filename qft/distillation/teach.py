@@ -61,7 +61,7 @@ def teach(recipe: Recipe, *, reporter: Reporter = QUIET) -> dict[str, Any]:
         return {"texts": len(inputs.train.examples), "folder": str(cache_root(recipe, settings))}
     if not settings.caches:
         raise RecipeError("This recipe's teacher stays in memory.", where="strategy.cache",
-                          found="off", fix="cache: top-k, or cache: samples")  # fmt: skip
+                          found=settings.cache, fix="cache: top-k, or cache: samples")  # fmt: skip
     inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
     cache = TeacherCache(recipe, settings, inputs, reporter)
     cache.ready().close()
