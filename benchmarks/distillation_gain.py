@@ -55,16 +55,17 @@ class Case:
     ratio: float = 0.3
 
 
+KEPT = {"weight": 0.8, "cache": "top-k", "top_k": 64}
 TEXT = {"max_steps": 150, "batch_size": 16, "max_length": 128, "schedule": "cosine"}
 CASES = {
     "stories260K": Case(
         "text", "loss", -1, "rows of the same kind; these are of the split it was trained on",
-        {"weight": 0.8, "cache": "top-k", "top_k": 64}, {**TEXT, "max_steps": 300}, (3e-4, 1e-3, 3e-3, 1e-2),
+        KEPT, {**TEXT, "max_steps": 300}, (3e-4, 1e-3, 3e-3, 1e-2),
         ratio=0.5,
     ),
     "mini-6m": Case(
         "text", "loss", -1, "99 % of both",
-        {"weight": 0.8, "cache": "top-k", "top_k": 64}, TEXT, (1e-4, 3e-4, 1e-3, 3e-3), ratio=0.37,
+        KEPT, TEXT, (1e-4, 3e-4, 1e-3, 3e-3), ratio=0.37,
     ),
     "minilm-sst2": Case(
         "classify", "accuracy", 1, "the training rows (it was trained on them), not the held-out",

@@ -136,7 +136,6 @@ def _prune(recipe: Recipe, out: Path, reporter: Reporter) -> None:
         seed=recipe.train.seed,
         dtype=recipe.dtype,
         report=False,  # the chain judges all three models by the recipe's own held-out rows
-        trust=models.Trust(recipe.allow_pickle, recipe.trust_remote_code),
         reporter=reporter,
         **settings,
     )

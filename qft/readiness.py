@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.data.tasks import pad_id
+from qft.distillation.supply import settings_in
+from qft.distillation.teachers import plan_teacher
 from qft.errors import RecipeError
 from qft.inputs import Inputs, require_positions, spec_of
 from qft.merging.tensors import ModuleTensors
@@ -51,6 +53,9 @@ def make_ready(recipe: Recipe, inputs: Inputs) -> Ready:
     Raises:
         QftError: the training is refused.
     """
+    settings = settings_in(recipe)
+    if settings is not None and models.is_here(settings.teacher):  # else a cache may do
+        plan_teacher(recipe, settings, inputs)
     spec = spec_of(recipe, inputs.train)
     skeleton = models.open_skeleton(inputs.base, spec)
     needs = recipe.strategy.needs(skeleton)

@@ -74,26 +74,40 @@ def teacher_shape(source: str, task: str) -> TeacherShape:
     )
 
 
-def open_teacher(recipe: Recipe, settings: DistillSettings, inputs: Inputs) -> OpenTeacher:
-    """Loads the teacher, quantized as asked.
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher before its weights are loaded, found to fit the student.
+
+    Attributes:
+        adapter: where the teacher is a run or an adapter.
+        shared: see `OpenTeacher`, like `class_order`.
+    """
+
+    spec: models.ModelSpec
+    folder: Path
+    adapter: AdapterFolder | None
+    tokenizer: Any
+    shared: int | None
+    class_order: tuple[int, ...] | None
+
+
+def plan_teacher(recipe: Recipe, settings: DistillSettings, inputs: Inputs) -> TeacherPlan:
+    """Finds the teacher, and what it and the student have in common.
 
     Raises:
-        ModelError: it cannot be opened, or is not for the task.
+        ModelError: it is not there, or not for the task.
         RecipeError: student and teacher have different tokens or classes.
     """
     trust = models.Trust(recipe.allow_pickle, recipe.trust_remote_code)
     chosen = hardware.choose(recipe.device, recipe.dtype)
     found = teacher_folder(settings.teacher, trust)
-    if isinstance(found, AdapterFolder):
-        if found.task != recipe.task:
-            raise RecipeError("The teacher was trained for another task.",
-                              where="strategy.teacher", found=f"{found.task}; the recipe's is "
-                              f"{recipe.task}")  # fmt: skip
-        spec = found.spec(device=chosen.device, trust=trust)
-        model, folder = open_adapter_model(found, spec), found.base
+    adapter = found if isinstance(found, AdapterFolder) else None
+    folder = found.base if isinstance(found, AdapterFolder) else found
+    if adapter is not None:
+        _require_same_task(adapter, recipe.task)
+        spec = adapter.spec(device=chosen.device, trust=trust)
         names: tuple[str, ...] | None = spec.labels
     else:
-        folder = found
         names, _ = models.labels_in(models.read_config(folder))
         spec = models.ModelSpec(
             source=settings.teacher,
@@ -104,30 +118,48 @@ def open_teacher(recipe: Recipe, settings: DistillSettings, inputs: Inputs) -> O
             trust=trust,
         )
         _require_a_head(folder, recipe.task)
-        model = models.open_model(folder, spec)
-    model.requires_grad_(False)
     tokenizer = models.open_tokenizer(folder, trust)
     predicts = TASKS[recipe.task].predicts
-    order = None
+    order, shared = None, None
     if predicts in ("class", "tags") and inputs.train.labels is not None:
         order = class_order(inputs.train.labels, names or ())
-    loss = _loss_of(model) if predicts == "tokens" else None
-    shared = None
-    if loss is not None and settings.loss != "uld":
-        student = models.open_skeleton(inputs.base, models.ModelSpec(recipe.model, recipe.task))
-        shared = shared_tokens(
-            inputs.tokenizer,
-            tokenizer,
-            (vocabulary_of(_required(output_embeddings(student))), vocabulary_of(loss.head)),
-        )
-    elif predicts != "tokens":
-        require_same_tokens(inputs.tokenizer, tokenizer)
-    return OpenTeacher(model, tokenizer, loss, shared, order)
+    if settings.has_lessons and settings.loss != "uld":  # the teacher reads the student's tokens
+        rows = (_rows(inputs.base, recipe.model, recipe.task), _rows(folder, "", recipe.task))
+        shared = shared_tokens(inputs.tokenizer, tokenizer, rows)
+    return TeacherPlan(
+        spec, folder, adapter, tokenizer, shared if predicts == "tokens" else None, order
+    )
 
 
-def _required(head: nn.Module | None) -> nn.Module:
-    assert head is not None
-    return head
+def open_teacher(recipe: Recipe, settings: DistillSettings, inputs: Inputs) -> OpenTeacher:
+    """Loads the teacher, quantized as asked.
+
+    Raises:
+        QftError: see `plan_teacher`; it cannot be loaded.
+    """
+    plan = plan_teacher(recipe, settings, inputs)
+    model = (
+        models.open_model(plan.folder, plan.spec)
+        if plan.adapter is None
+        else open_adapter_model(plan.adapter, plan.spec)
+    )
+    model.requires_grad_(False)
+    loss = _loss_of(model) if TASKS[recipe.task].predicts == "tokens" else None
+    return OpenTeacher(model, plan.tokenizer, loss, plan.shared, plan.class_order)
+
+
+def _require_same_task(adapter: AdapterFolder, task: str) -> None:
+    if adapter.task != task:
+        raise RecipeError("The teacher was trained for another task.", where="strategy.teacher",
+                          found=f"{adapter.task}; the recipe's is {task}")  # fmt: skip
+
+
+def _rows(folder: Path, source: str, task: str) -> int:
+    """Tokens a model has an output for; of one with a head, an input."""
+    labels = ("no", "yes") if task in ("classify", "token") else None
+    skeleton: Any = models.open_skeleton(folder, models.ModelSpec(source, task, labels))
+    head = output_embeddings(skeleton)
+    return vocabulary_of(head if head is not None else skeleton.get_input_embeddings())
 
 
 def _loss_of(model: nn.Module) -> ModelLoss:
@@ -190,16 +222,6 @@ def shared_tokens(student: Any, teacher: Any, rows: tuple[int, int]) -> int:
             "teacher of the student's family",
         )
     return int(min(last + 1, *rows))
-
-
-def require_same_tokens(student: Any, teacher: Any) -> None:
-    """For models with a head: the teacher reads the student's tokens.
-
-    Raises:
-        RecipeError: they are not its own.
-    """
-    size = len(student.get_vocab())
-    shared_tokens(student, teacher, (size, size))
 
 
 def class_order(student: Sequence[str], teacher: Sequence[str]) -> tuple[int, ...] | None:
