@@ -149,12 +149,21 @@ def test_without_data_named_layers_go_and_a_file_can_judge(
 def test_an_encoder_without_a_trained_head_is_not_judged(tmp_path: Path, write_rows: Any) -> None:
     labelled = [{**row, "label": str(n % 2)} for n, row in enumerate(texts(24))]
     bert = make_model("bert", tmp_path / "bert")
+    (bert / "1_Pooling").mkdir()
+    for name in ("modules.json", "1_Pooling/config.json"):
+        (bert / name).write_text('{"pooling_mode_mean_tokens": true}')
     told = Told()
-    result = qft.prune(str(bert), tmp_path / "out", ratio=0.2, data=str(write_rows(labelled)),
+    data = str(write_rows(labelled))
+    result = qft.prune(str(bert), tmp_path / "out", ratio=0.2, data=data,
                        max_length=32, reporter=told)  # fmt: skip
     assert "no weights of its classifier" in " ".join(told.lines)
     assert "quality" not in result
     assert len(result["kept_layers"]) < 4
+    for name in ("modules.json", "1_Pooling/config.json"):  # still a sentence encoder
+        assert (tmp_path / "out" / name).read_bytes() == (bert / name).read_bytes()
+    with pytest.raises(QftError, match="head that was never trained"):
+        qft.prune(str(bert), tmp_path / "b", method="width", ratio=0.2, data=data,
+                  importance="taylor", max_length=32)  # fmt: skip
 
 
 # --- the command line

@@ -17,6 +17,7 @@ from torch import nn
 
 from qft import models
 from qft.errors import ModelError
+from qft.lean.model_parts import head_names
 from qft.merging.tensors import tied_names
 from qft.pruning.layer_stream import only_stack
 
@@ -130,6 +131,15 @@ class Anatomy:
                 "Mistral, Qwen and BERT kinds",
             )
         return found
+
+    def untrained_heads(self) -> list[str]:
+        """The task's heads that the checkpoint does not hold: what they say means nothing."""
+        stored = {piece.module for piece in self.pieces}
+        return [
+            head
+            for head in head_names(self.skeleton)
+            if not any(name == head or name.startswith(f"{head}.") for name in stored)
+        ]
 
     def _below_base(self, name: str) -> str:
         prefix = getattr(self.skeleton, "base_model_prefix", "")

@@ -245,6 +245,8 @@ class _Loader:
 
     def _look_up(self, module: nn.Embedding, name: str, tokens: Tensor) -> Tensor:
         """Loads the rows of these tokens alone, and says where each token's row is now."""
+        rows: Tensor
+        places: Tensor
         rows, places = torch.unique(tokens, return_inverse=True)
         value = self._tensors.read_rows(f"{name}.weight", rows.tolist())
         value = value.to(self.device, module.weight.dtype)

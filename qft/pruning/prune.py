@@ -14,8 +14,8 @@ from typing import Any
 from qft import hardware, models
 from qft.errors import Interrupted, ModelError, RecipeError
 from qft.files import new_folder, require_absent, require_apart, write_json
-from qft.lean.model_parts import head_names
 from qft.merging.merge import fill_folder, require_room
+from qft.merging.side_files import copy_files
 from qft.progress import QUIET, Reporter
 from qft.pruning.anatomy import Anatomy, open_anatomy
 from qft.pruning.calibration import CalibrationRows, open_rows
@@ -24,6 +24,7 @@ from qft.pruning.methods import method_of
 from qft.pruning.plan import Job, Plan, Settings
 from qft.pruning.score_store import ScoreStore
 from qft.pruning.targets import Scale
+from qft.shards import inside
 
 REPORT = "pruning.json"
 
@@ -248,6 +249,7 @@ def _write(job: Job, plan: Plan, out: Path, report: bool, overwrite: bool) -> di
         with new_folder(out, overwrite=overwrite) as folder:
             with job.reporter.bar("write", plan.cost.bytes) as bar:
                 fill_folder(plan.source, folder, progress=bar.advance)
+            _copy_pooling(job.anatomy.folder, folder)
             if before is not None and job.judged is not None:
                 after = measure(folder, job.anatomy.spec, job.judged, "the pruned", job.reporter)
                 facts["quality"] = _quality(before, after)
@@ -259,6 +261,19 @@ def _write(job: Job, plan: Plan, out: Path, report: bool, overwrite: bool) -> di
     return {**facts, "speed": speed}
 
 
+def _copy_pooling(source: Path, folder: Path) -> None:
+    """Copies how a sentence encoder pools, which sentence-transformers keeps beside the model."""
+    for place, names in (
+        (".", ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")),
+        ("1_Pooling", ("config.json",)),
+    ):
+        found = {name: inside(source / place, name) for name in names
+                 if (source / place / name).is_file()}  # fmt: skip
+        if found:
+            (folder / place).mkdir(exist_ok=True)
+            copy_files(found, folder / place)
+
+
 def _measured_before(job: Job) -> Measured | None:
     """The whole model on the held-out rows; None, and the reason said, where it has nothing to say.
 
@@ -268,21 +283,11 @@ def _measured_before(job: Job) -> Measured | None:
     if rows is None or not rows.held_out:
         job.reporter.say("no report: no held-out rows (--data or --eval)")
         return None
-    lost = _untrained_heads(job.anatomy)
+    lost = job.anatomy.untrained_heads()
     if lost:
         job.reporter.say(f"no report: the model holds no weights of its {', '.join(lost)}")
         return None
     return measure(job.anatomy.folder, job.anatomy.spec, rows, "the whole", job.reporter)
-
-
-def _untrained_heads(anatomy: Anatomy) -> list[str]:
-    """The task's heads that the checkpoint does not hold, so that nothing they say means much."""
-    stored = {piece.module for piece in anatomy.pieces}
-    return [
-        head
-        for head in head_names(anatomy.skeleton)
-        if not any(name == head or name.startswith(f"{head}.") for name in stored)
-    ]
 
 
 def _quality(before: Measured, after: Measured) -> dict[str, Any]:

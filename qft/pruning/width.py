@@ -43,6 +43,7 @@ def plan_width(job: Job) -> Plan:
     require_reached(job.scale, target, cost)
     if job.dry:
         return Plan(None, {}, [*choices, _choice(job, after, cost)], cost)
+    _tell_of_quantizers(job, after)
     scores = _scores(job)
     cut = _cut(scores, sizes, after)
     facts = {"sizes": asdict(after), "kept_neurons": cut.neurons, "kept_groups": cut.groups,
@@ -50,9 +51,29 @@ def plan_width(job: Job) -> Plan:
     return Plan(PrunedTensors(job.anatomy, cut), facts, [], cost)
 
 
+def _tell_of_quantizers(job: Job, after: Sizes) -> None:
+    """Blocks of 32 (GGUF's q8_0) or 256 (K-quants) must fill a row, or it is stored larger."""
+    for name, size, before in (("MLP", after.neurons, job.anatomy.sizes.neurons),
+                               ("hidden", after.hidden, job.anatomy.sizes.hidden)):  # fmt: skip
+        lost = [block for block in (32, 256) if before % block == 0 and size % block]
+        if lost:
+            job.reporter.say(
+                f"note: the {name} size {size} is no multiple of {lost[0]}, the block of GGUF's "
+                f"{'q8_0' if lost[0] == 32 else 'K-quants'}; --multiple-of {max(lost)} would be"
+            )
+
+
 def _scores(job: Job) -> WidthScores:
     importance = job.settings.importance or IMPORTANCE[0]
     rows = job.require_rows()
+    lost = job.anatomy.untrained_heads()
+    if importance == "taylor" and lost:
+        raise RecipeError(
+            "Gradients of a head that was never trained say nothing.",
+            where="--importance taylor",
+            found=f"the model holds no weights of its {', '.join(lost)}",
+            fix="--importance activation, or prune after training",
+        )
 
     def compute() -> dict[str, Any]:
         found = score_width(job.anatomy, rows, importance, job.reporter)
