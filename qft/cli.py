@@ -425,8 +425,6 @@ def prune(
         bool, typer.Option("--dry-run", help="Only say what each choice would cost.")
     ] = False,
     overwrite: Overwrite = False,
-    allow_pickle: Pickle = False,
-    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -458,7 +456,6 @@ def prune(
         report=not no_report,
         dry_run=dry_run,
         overwrite=overwrite,
-        trust=_trust(allow_pickle, trust_remote_code),
         reporter=_reporter(quiet, as_json),
     )
     _print(result, as_json, lambda: _show_pruned(result, out, quiet))

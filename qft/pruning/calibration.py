@@ -60,7 +60,6 @@ def open_rows(
     max_length: int = 512,
     columns: dict[str, str | int] | None = None,
     seed: int = 0,
-    trust: models.Trust | None = None,
 ) -> CalibrationRows:
     """Reads the user's own rows as a training on ``task`` would.
 
@@ -81,7 +80,7 @@ def open_rows(
                           fix=", ".join(name for name in TASKS if name != "seq2seq"))  # fmt: skip
     config = models.read_config(folder)
     labels, kind = models.labels_in(config) if task in ("classify", "token") else (None, "auto")
-    tokenizer = models.open_tokenizer(folder, trust)
+    tokenizer = models.open_tokenizer(folder)
     limit = models.longest_input(folder, models.ModelSpec(str(folder), task))
     settings: dict[str, Any] = {
         "train": data or held_out, "eval": held_out if data else None,

@@ -74,13 +74,13 @@ def prune(
     report: bool = True,
     dry_run: bool = False,
     overwrite: bool = False,
-    trust: models.Trust | None = None,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
     """Prunes a model, or says what each choice would cost.
 
     Args:
-        source: folder or hub id of an unquantized model: one stack of layers, safetensors.
+        source: folder or hub id of an unquantized model: one stack of layers, safetensors, and no
+            Python code of its own.
         out: folder to write; not needed for a dry run, whose scores are kept beside it if named.
         method: a key of `qft.pruning.methods.METHODS`.
         ratio: the share of all parameters (embeddings count) that goes, at least; of the methods
@@ -125,8 +125,8 @@ def prune(
                           fix="--out DIR, or --dry-run")  # fmt: skip
     wanted = Rows(data, eval, task, columns, report)
     try:
-        folder = _open_folder(source, target, trust or models.Trust(), dry_run, overwrite)
-        spec = _spec_of(folder, task, dtype, trust or models.Trust())
+        folder = _open_folder(source, target, dry_run, overwrite)
+        spec = _spec_of(folder, task, dtype)
         job = _open_job(folder, spec, target, settings, wanted, dry_run, reporter)
         plan = method_of(settings).plan(job)
         if dry_run or target is None:
@@ -140,11 +140,9 @@ def prune(
         ) from None
 
 
-def _open_folder(
-    source: str, out: Path | None, trust: models.Trust, dry_run: bool, overwrite: bool
-) -> Path:
+def _open_folder(source: str, out: Path | None, dry_run: bool, overwrite: bool) -> Path:
     """The model's folder, once it is sure that it and the output may be used."""
-    folder = models.resolve_folder(source, trust)
+    folder = models.resolve_folder(source)
     _refuse_adapter(folder)
     if out is not None:
         require_apart(out, folder)
@@ -153,7 +151,7 @@ def _open_folder(
     return folder
 
 
-def _spec_of(folder: Path, task: str | None, dtype: str, trust: models.Trust) -> models.ModelSpec:
+def _spec_of(folder: Path, task: str | None, dtype: str) -> models.ModelSpec:
     config = models.read_config(folder)
     named = task or models.task_to_train(config)
     if named not in models.AUTO_CLASSES:
@@ -162,7 +160,7 @@ def _spec_of(folder: Path, task: str | None, dtype: str, trust: models.Trust) ->
     labels, kind = models.labels_in(config) if named in ("classify", "token") else (None, "one")
     chosen = hardware.choose(dtype=dtype)
     return models.ModelSpec(str(folder), named, labels, kind, dtype=chosen.dtype,
-                            device=chosen.device, trust=trust)  # fmt: skip
+                            device=chosen.device)  # fmt: skip
 
 
 def _open_job(
@@ -187,7 +185,7 @@ def _open_job(
         rows = open_rows(
             folder, spec.task, wanted.data, held_out=wanted.held_out,
             rows=settings.calibration_rows, max_length=settings.max_length,
-            columns=wanted.columns, seed=settings.seed, trust=spec.trust,
+            columns=wanted.columns, seed=settings.seed,
         )  # fmt: skip
         reporter.say(f"rows: {len(rows.scored)} to score by, {len(rows.held_out)} held out")
         for note in rows.notes:
