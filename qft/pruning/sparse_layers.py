@@ -165,12 +165,17 @@ def by_sparsegpt(layer: StreamedLayer, weights: LayerWeights, sparsity: Sparsity
         _run_watched(layer, left, group.watch)
         if not group.names:
             raise _never_used(next(iter(left)))
-        assert group.hessian is not None
-        factor = factorise_(group.hessian, group.names[0])
+        _prune_group(group, weights, sparsity)
         for name in group.names:
-            prune = partial(prune_by_sparsegpt_, factor=factor, sparsity=sparsity, name=name)
-            weights.change(name, prune)
             del left[name]
+
+
+def _prune_group(group: _Group, weights: LayerWeights, sparsity: Sparsity) -> None:
+    """Prunes all that reads one input; the Hessian is gone when it is done."""
+    factor = factorise_(group.taken(), group.names[0])
+    for name in group.names:
+        prune = partial(prune_by_sparsegpt_, factor=factor, sparsity=sparsity, name=name)
+        weights.change(name, prune)
 
 
 class _Group:
@@ -181,6 +186,12 @@ class _Group:
         self._input: Tensor | None = None
         self.names: list[str] = []
         self.hessian: Tensor | None = None
+
+    def taken(self) -> Tensor:
+        """The Hessian; the group holds nothing of that size any more."""
+        assert self.hessian is not None
+        hessian, self.hessian, self._input = self.hessian, None, None
+        return hessian
 
     def watch(self, name: str) -> Callable[..., None]:
         """A hook for a linear layer."""

@@ -62,7 +62,7 @@ def prune_by_sparsegpt_(
         work[:, end:].addmm_(errors.t(), rows[:, end - begin :], alpha=-1)
     if work is not weight:
         weight.copy_(work)
-    if not bool(torch.isfinite(weight).all()):
+    if not all(bool(torch.isfinite(rows).all()) for rows in weight.split(BLOCK)):
         raise ModelError(
             "The weights that make up for the pruned ones are not finite.",
             where=name,
