@@ -89,10 +89,10 @@ def stories(data: Path, folder: Path) -> dict[str, str]:
 
 def sentences(data: Path, folder: Path) -> dict[str, str]:
     """SST-2's own split; what the learning rate is tuned on is held out of the training rows."""
-    lines = (data / "sentiment/sst2/train.tsv").read_text("utf-8").splitlines(keepends=True)
+    lines = (data / "sentiment/sst2/train.tsv").read_text("utf-8").splitlines()
     random.Random(0).shuffle(lines)
-    (folder / "tune.tsv").write_text("".join(lines[:600]), encoding="utf-8")
-    (folder / "train.tsv").write_text("".join(lines[600:]), encoding="utf-8")
+    for name, part in (("tune", lines[:600]), ("train", lines[600:])):
+        (folder / f"{name}.tsv").write_text("\n".join(part) + "\n", encoding="utf-8")
     return {
         "train": str(folder / "train.tsv"),
         "eval": str(data / "sentiment/sst2/dev.tsv"),
