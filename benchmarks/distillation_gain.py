@@ -71,7 +71,7 @@ CASES = {
         "classify", "accuracy", 1, "the training rows (it was trained on them), not the held-out",
         {"weight": 0.8, "temperature": 2.0, "hidden": {"distance": "mse"}},
         {"epochs": 2, "batch_size": 32, "max_length": 64}, (5e-5, 1e-4, 2e-4, 4e-4),
-        {"columns": {"text": 0, "label": 1}}, ratio=0.2,
+        {"columns": {"text": 0, "label": 1}, "too_long": "truncate"}, ratio=0.2,
     ),
 }  # fmt: skip
 
