@@ -79,7 +79,7 @@ class LiveRows:
         temperature: of the loss.
     """
 
-    extra_tensors: ClassVar[int] = 4  # its logits, log-probabilities, and two made of them
+    extra_tensors: ClassVar[int] = 5  # its log-probabilities, and at most four made of them
 
     states: Tensor
     head: Head
