@@ -2,7 +2,7 @@
 
     python benchmarks/distillation_gain.py MODELS DATA [--only stories260K] [--seeds 0 1 2]
 
-In `mini-6m` and `minilm-sst2` the teacher was itself trained on the task first, as the students are;
+In `mini-6m` and `minilm-sst2` the teacher was trained on the task first, as the students are;
 `mini-6m-as-is` shows what a teacher does that is no better than its student will be.
 
 `MODELS` holds the folders mini-6m and stories260K, `DATA` the folders text/tinystories_1000 and

@@ -455,7 +455,8 @@ def _finish(
     chosen = hardware.choose(recipe.device, recipe.dtype)
     full = {
         "task": recipe.task,
-        "strategy": settings_of(recipe.strategy),
+        "strategy": settings_of(recipe.strategy.handed_over),
+        "distillation": settings.described() if (settings := settings_in(recipe)) else None,
         "base": Path(recipe.model).name,
         "base_fingerprint": opened.card["base_fingerprint"],
         "data_fingerprint": opened.inputs.train.fingerprint,

@@ -172,13 +172,18 @@ def test_greedy_continuation_is_transformers(tiny_llama: Path):
         assert tokens == wanted[:end]
 
 
-@pytest.mark.parametrize("kind", ["reverse-kl", "jsd"])
-def test_a_student_that_writes_goes_on_as_if_never_stopped(
-    kind: str, tmp_path: Path, tiny_llama: Path, speaking: Path, write_rows: Rows
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"on_policy": 0.7, "loss": "reverse-kl", "max_new_tokens": 5},
+        {"on_policy": 0.7, "loss": "jsd", "max_new_tokens": 5},
+        {"hidden": {"projection": "learned"}},  # the projections train on, too
+    ],
+    ids=["reverse-kl", "jsd", "hidden"],
+)
+def test_a_student_goes_on_as_if_never_stopped(
+    settings: dict[str, Any], tmp_path: Path, tiny_llama: Path, speaking: Path, write_rows: Rows
 ):
-    settings: dict[str, Any] = {
-        "on_policy": 0.7, "loss": kind, "max_new_tokens": 5
-    }  # fmt: skip
     rows = questions(write_rows)
     whole = qft.train(recipe_of(tmp_path / "a", tiny_llama, rows, speaking, **settings))
     recipe = recipe_of(tmp_path / "b", tiny_llama, rows, speaking, **settings)

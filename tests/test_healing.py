@@ -56,6 +56,9 @@ def test_the_whole_chain_and_what_it_leaves(
     assert model.config.num_hidden_layers == 1
     assert list((tmp_path / "chain" / "gguf-q8_0").glob("*.gguf"))
     assert len(healing.table(result)) == 3
+    record = (tmp_path / "chain" / "run" / "run.json").read_text()
+    assert str(tiny_llama) not in record  # folders of this machine are nobody else's business
+    assert json.loads(record)["distillation"]["teacher"] == tiny_llama.name
 
 
 @pytest.mark.parametrize("step", ["_prune", "_worth", "train", "merge", "export"])

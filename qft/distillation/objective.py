@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -127,6 +128,11 @@ class DistillSettings(BaseModel):
         if self.on_policy:
             return "off"
         return "samples" if self.loss == "forward-kl" else "top-k"
+
+    def described(self) -> dict[str, Any]:
+        """For records that others may read: no folder of this machine is in it."""
+        values = self.model_dump(mode="json", include=set(DistillSettings.model_fields))
+        return {**values, "teacher": Path(self.teacher).name, "cache_folder": None}
 
     @property
     def writes(self) -> bool:
