@@ -18,6 +18,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks" / "gpu"
 sys.path.insert(0, str(FOLDER))
 
 import checks  # noqa: E402
+import distillation  # noqa: E402
 import gpu_rows  # noqa: E402
 import gpu_sides  # noqa: E402
 import largest_context  # noqa: E402
@@ -254,6 +255,25 @@ def test_the_row_of_peft(tmp_path: Path):
     rows = rows_of(tmp_path, "peft_row")
     assert {row["side"] for row in rows} == {"qft", "peft", "peft-autocast"}
     assert all(row["settings"]["targets"] == ["q_proj", "v_proj"] for row in rows)
+
+
+def test_a_student_and_its_teacher(tmp_path: Path):
+    tiny = ["--student", "tiny", "--teacher", "tiny", "--length", "48", "--steps", "2"]
+    device = ["--device", "cpu", "--dtype", "float32"]
+    assert distillation.main([*device, *tiny, "--out", str(tmp_path)]) == 0
+    rows = {row["side"]: row for row in rows_of(tmp_path, "distillation")}
+    assert list(rows) == [side for side, _, _ in distillation.SIDES]
+    assert all(row["reason"] is None and row["p50"] > 0 for row in rows.values())
+    losses = {side: row["final_loss"] for side, row in rows.items()}
+    live, full = losses["teacher in bf16"], losses["teacher in bf16, full logits"]
+    assert live == pytest.approx(full, rel=1e-4)
+    assert live != pytest.approx(losses["student alone"], rel=1e-2)
+
+
+def test_a_wrong_divergence_is_loud(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distillation, "formula", lambda kind, student, teacher: student.sum())
+    with pytest.raises(distillation.CheckError, match="forward-kl"):
+        distillation.check_losses("cpu")
 
 
 def test_the_largest_context_by_real_steps(tmp_path: Path):
