@@ -77,7 +77,7 @@ CASES = {
         "text", "loss", -1, "99 % of both", KEPT, TEXT, (3e-4, 1e-3, 3e-3), ratio=0.37,
     ),
     "minilm-sst2": Case(
-        "classify", "accuracy", 1, "all 6,320 training rows (it was trained on them), not the held-out",
+        "classify", "accuracy", 1, "all 6,320 training rows, on which it was trained",
         {"weight": 0.8, "temperature": 2.0, "hidden": {"distance": "mse"}},
         {"epochs": 2, "batch_size": 32, "max_length": 64}, (1e-4, 2e-4),
         {"columns": {"text": 0, "label": 1}, "too_long": "truncate", "limit": "1500 per class"},
