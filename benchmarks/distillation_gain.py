@@ -47,6 +47,7 @@ class Case:
         distillation: the settings beside teacher and student.
         teacher_rate: the learning rate at which the teacher is first trained on the task, as
             the students are; None leaves it as it is.
+        others: what may be added to ``distillation``; whether it is, the tuning rows say.
     """
 
     task: str
@@ -59,6 +60,7 @@ class Case:
     data: Mapping[str, Any] = field(default_factory=dict)
     ratio: float = 0.3
     teacher_rate: float | None = None
+    others: Mapping[str, Any] | None = None
 
 
 KEPT = {"weight": 0.8, "cache": "top-k", "top_k": 64}
@@ -78,11 +80,12 @@ CASES = {
     ),
     "minilm-sst2": Case(
         "classify", "accuracy", 1, "all 6,320 training rows, on which it was trained",
-        {"weight": 0.8, "temperature": 2.0, "hidden": {"distance": "mse"}},
-        {"epochs": 2, "batch_size": 32, "max_length": 64}, (1e-4, 2e-4),
-        {"columns": {"text": 0, "label": 1}, "too_long": "truncate", "limit": "1500 per class"},
+        {"weight": 0.8, "temperature": 2.0},
+        {"epochs": 1, "batch_size": 32, "max_length": 64}, (1e-4, 2e-4),
+        {"columns": {"text": 0, "label": 1}, "too_long": "truncate", "limit": "400 per class",
+         "augment": {"copies": 3, "mask": 0.15, "replace": 0.2, "delete": 0.1}},
         ratio=0.2,
-        teacher_rate=1e-4,
+        teacher_rate=1e-4, others={"hidden": {"distance": "mse"}},
     ),
 }  # fmt: skip
 
@@ -129,7 +132,7 @@ class Trial:
             self.teacher = teacher
         elif self.case.teacher_rate is not None:
             self.teacher, rate = folder / "teacher", self.case.teacher_rate
-            whole = {**self.case.data, "limit": None}
+            whole = {**self.case.data, "limit": None, "augment": {}}
             self.run("teacher", {"name": "full"}, rate, 0, "eval", model=base, data=whole)
         self.student = folder / "student"
         self.pruned = qft.prune(
@@ -166,12 +169,13 @@ class Trial:
         })  # fmt: skip
         return qft.train(recipe, overwrite=True).metrics
 
-    def side(self, distilled: bool) -> dict[str, Any]:
-        """The strategy of one side."""
+    def side(self, distilled: bool, *, more: bool = False) -> dict[str, Any]:
+        """The strategy of one side; with ``more`` what may be added to the distilled one."""
         if not distilled:
             return {"name": "full"}
         return {"name": "distill", "teacher": str(self.teacher), "student": {"name": "full"},
-                "cache_folder": str(self.folder / "cache"), **self.case.distillation}  # fmt: skip
+                "cache_folder": str(self.folder / "cache"), **self.case.distillation,
+                **((self.case.others or {}) if more else {})}  # fmt: skip
 
 
 def measure(name: str, trial: Trial, seeds: Sequence[int]) -> dict[str, Any]:
@@ -183,10 +187,18 @@ def measure(name: str, trial: Trial, seeds: Sequence[int]) -> dict[str, Any]:
     }
     rate = max(tuned, key=lambda r: case.sign * tuned[r])
     print(f"{name}: learning rate {rate} of {tuned}", flush=True)
+    tried: dict[bool, float] = {}
+    if case.others is not None:
+        for more in (False, True):
+            strategy = trial.side(True, more=more)
+            tried[more] = trial.run("run", strategy, rate, TUNING_SEED, "tune")[case.metric]
+    more = bool(tried) and case.sign * (tried[True] - tried[False]) > 0
+    print(f"{name}: with {case.others}: {more}, of {tried}", flush=True)
     found: dict[str, list[float]] = {"plain": [], "distilled": []}
     for seed in seeds:  # the sides in turns
         for side in found:
-            metrics = trial.run("run", trial.side(side == "distilled"), rate, seed, "eval")
+            strategy = trial.side(side == "distilled", more=more)
+            metrics = trial.run("run", strategy, rate, seed, "eval")
             found[side].append(metrics[case.metric])
             print(f"{name} seed {seed} {side}: {found[side][-1]:.4f}", flush=True)
     gain = case.sign * (statistics.mean(found["distilled"]) - statistics.mean(found["plain"]))
@@ -206,7 +218,9 @@ def measure(name: str, trial: Trial, seeds: Sequence[int]) -> dict[str, Any]:
         "learning_rate": rate,
         "tuned_for_plain": {str(k): v for k, v in tuned.items()},
         "train": dict(case.train),
-        "distillation": dict(case.distillation),
+        "distillation": {**case.distillation, **((case.others or {}) if more else {})},
+        "data": dict(case.data),
+        "tuned_for_distilled": {str(k): v for k, v in tried.items()},
         "removed_layers": trial.pruned.get("removed_layers"),
         "environment": environment(),
     }
