@@ -1,6 +1,6 @@
 """Pruned and healed: what is lost, and what training on the unpruned model's word brings back.
 
-    python benchmarks/healing.py MODELS DATA [--steps 300]
+    python benchmarks/healing.py MODELS DATA [--steps 150]
 
 mini-6m without a quarter of its parameters, once by depth and once by width, healed by `qft heal`
 on 600 stories (of which it has seen 99 %): everything trains, half of the loss towards the labels
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     chosen = parser.parse_args()
     lines = []
     with tempfile.TemporaryDirectory() as name:

@@ -72,6 +72,10 @@ CASES = [
         {"name": "stack", "of": [{"name": "bitfit"}, {"name": "lora", "rank": 4}]},
         rf"lora_[AB]\.|bias$|(?i:norm)|{HEADS}",
     ),
+    Case(  # the teacher is asked by the training alone
+        {"name": "distill", "teacher": "none", "student": {"name": "lora", "rank": 4}},
+        rf"lora_[AB]\.|{HEADS}",
+    ),
 ]
 
 
