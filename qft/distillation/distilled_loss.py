@@ -116,11 +116,6 @@ class DistilledLoss:
         if self.pairs:
             self._taps = Taps(inner, list(self.pairs))
 
-    @property
-    def smoothing(self) -> float:
-        """Of the task's own loss."""
-        return self.own.smoothing
-
     def examples(
         self, model: nn.Module, examples: Sequence[Example], step: int
     ) -> Sequence[Example]:

@@ -10,15 +10,13 @@ from qft.data.examples import Example
 from qft.data.tasks import load_train_eval, pad_id
 from qft.distillation.live import LiveTeacher
 from qft.distillation.matching import Pairs, layer_pairs
-from qft.distillation.objective import Distillation, DistillSettings
+from qft.distillation.objective import WRITING_TASKS, Distillation, DistillSettings
 from qft.distillation.teachers import open_teacher, teacher_shape
 from qft.errors import RecipeError
 from qft.inputs import Inputs
 from qft.lean.taps import numbered_layers
 from qft.progress import Reporter, human_bytes
 from qft.recipe import Recipe
-
-PAIRED_TASKS = ("instruct", "chat", "seq2seq")  # whose rows are examples, whatever the tokens
 
 
 def settings_in(recipe: Recipe) -> DistillSettings | None:
@@ -58,9 +56,8 @@ def live_source(
     """
     teacher = open_teacher(recipe, settings, inputs)
     size = sum(p.nbytes for p in teacher.model.parameters())
-    reporter.say(f"teacher: {human_bytes(size)} of weights, {settings.teacher_quantize} "
-                 "quantization" if settings.teacher_quantize != "none" else
-                 f"teacher: {human_bytes(size)} of weights")  # fmt: skip
+    held = "" if settings.teacher_quantize == "none" else f", {settings.teacher_quantize}"
+    reporter.say(f"teacher: {human_bytes(size)} of weights{held}")
     paired = None
     if settings.loss == "uld":
         paired = paired_examples(recipe, inputs, teacher.tokenizer)
@@ -80,12 +77,12 @@ def paired_examples(recipe: Recipe, inputs: Inputs, tokenizer: object) -> dict[i
     Raises:
         RecipeError: this task's examples are no rows.
     """
-    if recipe.task not in PAIRED_TASKS:
+    if recipe.task not in WRITING_TASKS:
         raise RecipeError(
             "With another tokenizer the texts are cut into other examples.",
             where="strategy.loss",
             found=f"uld, task: {recipe.task}",
-            fix=f"uld is for {', '.join(PAIRED_TASKS)}",
+            fix=f"uld is for {', '.join(WRITING_TASKS)}",
         )
     longer = recipe.data.model_copy(update={"too_long": "truncate", "eval": None, "eval_limit": 1})
     theirs, _ = load_train_eval(recipe.model_copy(update={"data": longer}), tokenizer)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from qft import models
 from qft.errors import ModelError
 from qft.lean.model_parts import head_names
 from qft.merging.tensors import tied_names
-from qft.pruning.layer_stream import only_stack
+from qft.pruning.layer_stream import only_stack, refuse_quantized
 
 Dimension = Literal["neurons", "queries", "keys", "hidden"]
 Axes = tuple[Dimension | None, ...]
@@ -183,14 +183,7 @@ def _refuse_unprunable(folder: Path, config: Mapping[str, Any]) -> None:
             "Encoder-decoder models cannot be pruned.", where=folder,
             found=config.get("model_type"), fix="a decoder or an encoder alone",
         )  # fmt: skip
-    stored = config.get("quantization_config")
-    if stored:
-        raise ModelError(
-            "The model is stored quantized, and pruning needs its plain weights.",
-            where=folder,
-            found=models.stored_kind(stored),
-            fix="prune the unquantized model, then quantize the result",
-        )
+    refuse_quantized(folder)
 
 
 def _sizes(skeleton: Any, layers: int) -> Sizes:

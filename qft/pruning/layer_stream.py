@@ -105,7 +105,7 @@ def stream_layers(
     if not batches:
         raise ValueError("no batches to run")
     models.check_folder(folder, spec.trust)
-    _refuse_quantized(folder)
+    refuse_quantized(folder)
     device = hardware.choose(spec.device or "auto").device
     skeleton = models.open_skeleton(folder, replace(spec, dtype=spec.dtype or torch.float32))
     skeleton.eval().requires_grad_(False)
@@ -287,7 +287,8 @@ def _parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(module.forward).parameters
 
 
-def _refuse_quantized(folder: Path) -> None:
+def refuse_quantized(folder: Path) -> None:
+    """Raises ModelError where a model is stored quantized."""
     stored = models.read_config(folder).get("quantization_config")
     if stored:
         raise ModelError(
