@@ -4,7 +4,7 @@
 
 `PYTHON` is the interpreter of an environment that holds mergekit (`pip install torch==2.13.0`, then
 `pip install torch==2.13.0 mergekit`). The checkpoints are made here: random weights of Llama's
-shape, bf16, with an embedding of 525 MB, each written once in one file and once in eight. Every
+shape, bf16, with an embedding of 525 MB, each once in one file and once in eight. Every
 merge is a process of its own (see merge_peak_side.py); the sides take turns. Then the merged
 tensors are compared with PEFT's merge done in float32 and rounded once. All of it goes to
 benchmarks/results/merge_peak.json.
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,10 @@ from qft.hardware import environment
 
 RESULTS = Path(__file__).parent / "results" / "merge_peak.json"
 LAYOUTS = (1, 8)  # files a checkpoint
-SIDES = ("qft", "peft", "peft-best", "mergekit", "mergekit-best", "mergekit-copy")
+SIDES = ("qft", "peft", "peft-best", "mergekit", "mergekit-copy")
+FIGURES = (
+    "peak_above_imports_bytes", "peak_bytes", "imports_bytes", "cpu_seconds", "seconds"
+)  # fmt: skip
 BOUND_BYTES = 300 * 10**6
 VOCABULARY, HIDDEN, INTERMEDIATE = 128_256, 2048, 8192
 
@@ -46,43 +49,51 @@ class Case:
     Attributes:
         layers: of Llama-3.2-1B's shape; embedding and, where it is not tied, head come on top.
         targets: PEFT's target modules.
+        sides: mergekit has PEFT merge, so it is run in one case only.
     """
 
     tied: bool
     layers: int
     targets: tuple[str, ...]
     dora: bool = False
+    sides: tuple[str, ...] = ("qft", "peft")
 
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CASES = {
-    "lora": Case(True, 8, LINEAR),
+    "lora": Case(True, 8, LINEAR, sides=SIDES),
     "lora-embedding-head": Case(False, 4, (*LINEAR, "embed_tokens", "lm_head")),
     "dora-head": Case(False, 4, (*LINEAR, "lm_head"), dora=True),
 }
 
 
-def write_checkpoints(case: Case, folder: Path) -> dict[int, Path]:
-    """The same random model in one file and in eight; number of files → folder."""
+def write_checkpoint(case: Case, folder: Path) -> None:
+    """A random model in one file."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE,
         num_hidden_layers=case.layers, num_attention_heads=32, num_key_value_heads=8,
-        tie_word_embeddings=case.tied, dtype=torch.bfloat16,
+        tie_word_embeddings=case.tied, dtype=torch.bfloat16, architectures=["LlamaForCausalLM"],
     )  # fmt: skip
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    tensors = {name: value for name, value in model.state_dict().items()
-               if not (case.tied and name == "lm_head.weight")}  # fmt: skip
-    folders = {files: folder / f"{files}-files" for files in LAYOUTS}
-    for files, path in folders.items():
-        path.mkdir(parents=True)
-        model.config.save_pretrained(path)
-        _save(tensors, files, path)
-    return folders
+    tensors = {
+        name: torch.randn(value.shape).mul_(0.02).to(torch.bfloat16)
+        for name, value in skeleton.state_dict().items()
+        if not (case.tied and name == "lm_head.weight")
+    }
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    _save(tensors, 1, folder)
+
+
+def split_checkpoint(source: Path, files: int, folder: Path) -> None:
+    """The same model in several files."""
+    folder.mkdir()
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    _save(dict(tensors_of(source)), files, folder)
 
 
 def _save(tensors: Mapping[str, Tensor], files: int, folder: Path) -> None:
@@ -99,13 +110,14 @@ def _save(tensors: Mapping[str, Tensor], files: int, folder: Path) -> None:
     names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
     for name, shard in zip(names, shards, strict=True):
         save_file(shard, folder / name, metadata=meta)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-             "weight_map": {t: n for n, s in zip(names, shards, strict=True) for t in s}}  # fmt: skip
+    places = {t: n for n, s in zip(names, shards, strict=True) for t in s}
+    total = sum(value.nbytes for value in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def write_adapter(case: Case, base: Path, folder: Path) -> int:
-    """A PEFT folder of rank 16 with no matrix zero; returns how many base tensors it changes."""
+def write_adapter(case: Case, base: Path, folder: Path) -> None:
+    """A PEFT folder of rank 16 with no matrix zero."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -121,8 +133,6 @@ def write_adapter(case: Case, base: Path, folder: Path) -> int:
         if "lora_magnitude" in name:
             value.data.mul_(1 + 0.02 * torch.randn_like(value))
     model.save_pretrained(folder, save_embedding_layers=False)
-    return sum(1 for name, _ in model.named_modules() if name.endswith(("lora_B", "lora_embedding_B"))
-               and not name.endswith("lora_embedding_B")) + case.targets.count("embed_tokens")  # fmt: skip
 
 
 def run_side(side: str, python: str, job: Mapping[str, str]) -> dict[str, Any]:
@@ -148,7 +158,7 @@ def row_of(reports: list[dict[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for report in reports:
         report["peak_above_imports_bytes"] = report["peak_bytes"] - report["imports_bytes"]
-    for key in ("peak_above_imports_bytes", "peak_bytes", "imports_bytes", "cpu_seconds", "seconds"):
+    for key in FIGURES:
         values = [report[key] for report in reports]
         row[key] = {"median": statistics.median(values), "max": max(values), "all": values}
     return row | {key: reports[0][key] for key in ("files", "versions", "late_imports")}
@@ -174,61 +184,83 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, file.get_tensor(name)
 
 
-def compare(folder: Path, base: Path, expected: Mapping[str, Tensor]) -> dict[str, Any]:
+def compare(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Any]:
     """How many tensors of a merged folder are, bit for bit, what was expected."""
-    before = dict(tensors_of(base))
-    found = dict(tensors_of(folder))
-    unequal = [n for n in before if n not in found or not torch.equal(found[n], expected[n])]
-    return {
-        "tensors": len(before),
-        "equal": len(before) - len(unequal),
-        "changed": sum(1 for name in before if not torch.equal(before[name], expected[name])),
-        "unequal_values": sum(int((found[n] != expected[n]).sum()) for n in unequal if n in found),
-        "unequal": unequal[:3],
-    }
+    count, equal, values = 0, 0, 0
+    for name, tensor in tensors_of(folder):
+        count += 1
+        same = tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name])
+        equal += same
+        values += 0 if same else int((tensor != expected[name]).sum())
+    return {"tensors": count, "equal": equal, "unequal_values": values}
 
 
 def measure(name: str, sides: Mapping[str, str], rounds: int, scratch: Path) -> dict[str, Any]:
-    """One case in both layouts."""
+    """One case in both layouts; the adapter and what is expected are of the one-file model."""
     case = CASES[name]
-    bases = write_checkpoints(case, scratch / name)
-    adapter = scratch / name / "adapter"
-    write_adapter(case, bases[1], adapter)
-    shapes = {n: list(t.shape) for n, t in tensors_of(bases[1])}
-    found: dict[str, Any] = {
-        "tied": case.tied, "layers": case.layers, "targets": list(case.targets), "dora": case.dora,
-        "bytes": sum(t.nbytes for _, t in tensors_of(bases[1])),
-        "largest": max(((n, t.nbytes) for n, t in tensors_of(bases[1])), key=lambda x: x[1]),
-        "shapes": {n: s for n, s in shapes.items() if ".layers." not in n or ".layers.0." in n},
-        "layouts": {},
-    }  # fmt: skip
-    expected = reference(bases[1], adapter)
-    for files, base in bases.items():
-        reports: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        equal: dict[str, Any] = {}
-        for number in range(rounds):
-            for side, python in sides.items():
-                out = scratch / f"out-{side}"
-                job = {"base": str(base), "adapter": str(adapter), "out": str(out)}
-                reports[side].append(run_side(side, python, job))
-                if number == rounds - 1 and out.is_dir() and side != "mergekit-copy":
-                    equal[side] = compare(out, base, expected)
-                for folder in (out, out.with_name(f"{out.name}-cache")):
-                    shutil.rmtree(folder, ignore_errors=True)
-        rows = {side: row_of(reports[side]) for side in sides}
+    base, adapter = scratch / "one-file", scratch / "adapter"
+    write_checkpoint(case, base)
+    write_adapter(case, base, adapter)
+    found = describe(case, base)
+    expected = reference(base, adapter)
+    found["changed_tensors"] = sum(
+        1 for tensor, value in tensors_of(base) if not torch.equal(value, expected[tensor])
+    )
+    for files in LAYOUTS:
+        if files > 1:
+            split_checkpoint(base, files, scratch / "several-files")
+            shutil.rmtree(base)
+            base = scratch / "several-files"
+        rows, equal = take_turns(base, adapter, sides, rounds, expected)
         for side, row in rows.items():
             print(f"{name}, {files} files, {side}: {_said(row)}, {equal.get(side)}", flush=True)
         found["layouts"][str(files)] = {"sides": rows, "against_float32_peft": equal}
-    shutil.rmtree(scratch / name)
+    shutil.rmtree(base)
+    shutil.rmtree(adapter)
     return found
+
+
+def describe(case: Case, base: Path) -> dict[str, Any]:
+    """Shapes and bytes for the results."""
+    tensors = {name: (list(value.shape), value.nbytes) for name, value in tensors_of(base)}
+    largest = max(tensors, key=lambda name: tensors[name][1])
+    return {
+        **asdict(case),
+        "bytes": sum(size for _, size in tensors.values()),
+        "tensors": len(tensors),
+        "largest": [largest, *tensors[largest]],
+        "shapes": {n: shape for n, (shape, _) in tensors.items()
+                   if ".layers." not in n or ".layers.0." in n},
+        "layouts": {},
+    }  # fmt: skip
+
+
+def take_turns(
+    base: Path, adapter: Path, sides: Mapping[str, str], rounds: int, expected: Mapping[str, Tensor]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Every side's row, and how its last merge compares with what was expected."""
+    reports: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    equal: dict[str, dict[str, Any]] = {}
+    for number in range(rounds):
+        for side, python in sides.items():
+            out = base.parent / f"out-{side}"
+            job = {"base": str(base), "adapter": str(adapter), "out": str(out)}
+            reports[side].append(run_side(side, python, job))
+            if number == rounds - 1 and out.is_dir() and side != "mergekit-copy":
+                equal[side] = compare(out, expected)
+            for folder in (out, out.with_name(f"{out.name}-cache")):
+                shutil.rmtree(folder, ignore_errors=True)
+    return {side: row_of(reports[side]) for side in sides}, equal
 
 
 def _said(row: Mapping[str, Any]) -> str:
     if "failed" in row:
         return f"failed: {row['failed']}"
     peak = row["peak_above_imports_bytes"]
-    return (f"{peak['median'] / 1e6:.0f} MB above imports (at most {peak['max'] / 1e6:.0f}), "
-            f"{row['cpu_seconds']['median']:.1f} CPU-seconds, {row['seconds']['median']:.1f} s")  # fmt: skip
+    return (
+        f"{peak['median'] / 1e6:.0f} MB above imports (at most {peak['max'] / 1e6:.0f}), "
+        f"{row['cpu_seconds']['median']:.1f} CPU-seconds, {row['seconds']['median']:.1f} s"
+    )
 
 
 def main() -> None:
@@ -238,7 +270,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--scratch", type=Path, help="where 10 GB may be written for a while")
+    parser.add_argument("--scratch", type=Path, help="where 6 GB may be written for a while")
     chosen = parser.parse_args()
     sides = {
         side: chosen.mergekit if side.startswith("mergekit") else sys.executable
@@ -255,7 +287,8 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(dir=chosen.scratch) as folder:
         for name in chosen.only:
-            result["cases"][name] = measure(name, sides, chosen.rounds, Path(folder))
+            own = {side: python for side, python in sides.items() if side in CASES[name].sides}
+            result["cases"][name] = measure(name, own, chosen.rounds, Path(folder))
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -28,9 +28,8 @@ def qft() -> Merge:
     import transformers.models.llama.modeling_llama
     import transformers.models.llama.tokenization_llama  # noqa: F401
 
-    import adapters.lora
     import qft.export.delivery
-    import qft.merging.merge  # noqa: F401
+    import qft.merging.merge
 
     def run(base: str, adapter: str, out: str) -> None:
         qft.export.delivery.merge(adapter, out, base=base)
@@ -53,10 +52,12 @@ def peft(*, best: bool = False) -> Merge:
     return run
 
 
-def mergekit(*, best: bool = False, copy: bool = False) -> Merge:
+def mergekit(*, copy: bool = False) -> Merge:
     """mergekit-yaml's `passthrough` of base+adapter; with ``copy`` of the base alone.
 
-    With an adapter it has PEFT merge the whole model into a cache folder first.
+    With an adapter it has PEFT merge the whole model into a cache folder first. Its options for
+    little memory are used: `--lazy-unpickle`, and `--out-shard-size` (in parameters). Its
+    `--low-cpu-memory` holds tensors on a GPU, which there is not.
     """
     import peft
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -70,10 +71,10 @@ def mergekit(*, best: bool = False, copy: bool = False) -> Merge:
     def run(base: str, adapter: str, out: str) -> None:
         named = base if copy else f"{base}+{adapter}"
         text = f"merge_method: passthrough\nmodels: [{{model: '{named}'}}]\ndtype: bfloat16\n"
-        small: dict[str, Any] = {"lazy_unpickle": True, "out_shard_size": 100_000_000}
         options = MergeOptions(
-            lora_merge_cache=f"{out}-cache", copy_tokenizer=False, **(small if best else {})
-        )
+            lora_merge_cache=f"{out}-cache", copy_tokenizer=False,
+            lazy_unpickle=True, out_shard_size=100_000_000,
+        )  # fmt: skip
         run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, options)
 
     return run
@@ -84,8 +85,7 @@ SIDES: dict[str, Callable[[], Merge]] = {
     "peft": peft,
     "peft-best": lambda: peft(best=True),
     "mergekit": mergekit,
-    "mergekit-best": lambda: mergekit(best=True),
-    "mergekit-copy": lambda: mergekit(best=True, copy=True),
+    "mergekit-copy": lambda: mergekit(copy=True),
 }
 
 
