@@ -16,10 +16,11 @@ from adapters.peft_backed import (
     peft_task_type,
     read_config,
     read_tensors,
+    stored_tensors,
 )
 from qft.errors import RecipeError
 from qft.lean.model_parts import head_names
-from qft.strategy import BaseTensors, Context, Merge, Needs
+from qft.strategy import BaseTensors, Context, Merge, Needs, Rows
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -171,18 +172,19 @@ class AdaLoRA(PeftStrategy):
 
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """Opens the folder for the streamed merge: B (E · A) is a low-rank update."""
-        named = {module_name(name): tensor for name, tensor in read_tensors(folder).items()}
+        named = {module_name(name): tensor for name, tensor in stored_tensors(folder).items()}
         values = read_config(folder, "ADALORA") or {}
         # PEFT divides by the initial rank and this little more
         scale = self.alpha / (self.initial_rank + 1e-5)
-        updates, replaced = {}, {}
+        updates: dict[str, Update] = {}
+        replaced: dict[str, Rows] = {}
         for name, tensor in named.items():
             target, found, part = name.partition(".lora_")
             if not found:
                 replaced[name] = tensor
             elif part == "B":
-                down = named[f"{target}.lora_A"] * named[f"{target}.lora_E"]
-                updates[f"{target}.weight"] = Update(tensor, down, scale)
+                down, gain = named[f"{target}.lora_A"], named[f"{target}.lora_E"]
+                updates[f"{target}.weight"] = Update(tensor, down, scale, gain=gain)
         parts = Parts(updates, replaced, {}, frozenset(values.get("modules_to_save") or ()))
         return LowRankMerge(parts, base, folder, transposed=bool(values.get("fan_in_fan_out")))
 

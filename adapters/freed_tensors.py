@@ -11,14 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adapters.peft_backed import compare_tensors
+from adapters.peft_backed import compare_tensors, stored_tensors
 from qft.errors import AdapterError, RecipeError
 from qft.lean.model_parts import head_names
-from qft.strategy import BaseTensors, Context, Merge, Strategy
+from qft.strategy import BaseTensors, Context, Merge, Rows, Strategy
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qft.shards import StoredTensor
 
 # what names an adapter's parameters; a head that PEFT trains is a copy, its original stays frozen
 _ADAPTERS = ("lora_", "ia3_l", "ranknum", "prefix_encoder", "prompt_encoder", "token_adapter",
@@ -91,14 +93,14 @@ class FreedTensors(Strategy):
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """The trained tensors replace the base's own, or join them."""
         heads = set(_read_config(folder).get("heads", ()))
-        return TensorsMerge(_read(folder), base, heads, folder)
+        return TensorsMerge(_open(folder), base, heads, folder)
 
 
 class TensorsMerge:
     """Trained tensors in the place of former ones; a new head is added."""
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], base: BaseTensors, heads: set[str], folder: Path
+        self, tensors: Mapping[str, Rows], base: BaseTensors, heads: set[str], folder: Path
     ) -> None:
         self._tensors = dict(tensors)
         self._base = base
@@ -120,11 +122,12 @@ class TensorsMerge:
             return tuple(self._tensors[name].shape)
         return self._base.shape(name)
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """The trained tensor, or the very same object where nothing was trained."""
-        return self._tensors.get(name, tensor)
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """The trained rows, or the very same object where nothing was trained."""
+        trained = self._tensors.get(name)
+        return rows if trained is None else trained[start : start + len(rows)]
 
-    def added(self) -> Mapping[str, Tensor]:
+    def added(self) -> Mapping[str, Rows]:
         """The trained tensors: what the base has is replaced, the rest is new."""
         return self._tensors
 
@@ -239,17 +242,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return {name: stored.read() for name, stored in _open(folder).items()}
 
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            "The trained tensors are missing or broken.",
-            where=folder / WEIGHTS_FILE,
-            found=error,
-        ) from None
+
+def _open(folder: Path) -> dict[str, StoredTensor]:
+    """The trained tensors, read only when they are asked for, and by rows."""
+    tensors = stored_tensors(folder, WEIGHTS_FILE)
     named = _read_config(folder)["tensors"]
     if sorted(tensors) != named:
         raise AdapterError(

@@ -14,15 +14,17 @@ from adapters.peft_backed import (
     module_name,
     peft_task_type,
     read_config,
-    read_tensors,
+    stored_tensors,
 )
 from qft.errors import AdapterError, RecipeError
 from qft.lean.model_parts import head_names
-from qft.strategy import BaseTensors, Context, Merge, Needs
+from qft.strategy import BaseTensors, Context, Merge, Needs, Rows
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
+
+    from qft.shards import StoredTensor
 
 # By the names that families give them: keys and values (or both fused), and what ends an MLP.
 _SCALED = ("k_proj", "v_proj", "key", "value", "k", "v", "c_attn", "query_key_value", "qkv_proj",
@@ -87,7 +89,7 @@ class IA3(PeftStrategy):
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "IA3") or {}
-        return IA3Merge(read_tensors(folder), base, values, folder)
+        return IA3Merge(stored_tensors(folder), base, values, folder)
 
 
 def usual_targets(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -121,14 +123,14 @@ class IA3Merge:
 
     def __init__(
         self,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, StoredTensor],
         base: BaseTensors,
         values: Mapping[str, Any],
         folder: Path,
     ) -> None:
         self._transposed = bool(values.get("fan_in_fan_out"))
         self._scales: dict[str, Tensor] = {}
-        self._replaced: dict[str, Tensor] = {}
+        self._replaced: dict[str, Rows] = {}
         self._shapes = {name: base.shape(name) for name in base.names()}
         for name, tensor in ((module_name(n), t) for n, t in tensors.items()):
             target = name.removesuffix(".ia3_l")
@@ -137,7 +139,7 @@ class IA3Merge:
                 continue
             rows = tensor.shape[1] == 1 and tensor.shape[0] != 1
             weight = self._shapes.get(f"{target}.weight", ())
-            wanted = tensor.numel()
+            wanted = max(tensor.shape)
             along = (0 if rows else 1) if not self._transposed else (1 if rows else 0)
             if len(weight) != 2 or weight[along] != wanted:
                 raise AdapterError(
@@ -146,9 +148,10 @@ class IA3Merge:
                     found=f"adapter {wanted}, base {weight or 'has no such tensor'}",
                     fix="name the base model it was trained on",
                 )
-            self._scales[f"{target}.weight"] = tensor.T if self._transposed else tensor
+            scale = tensor.read()
+            self._scales[f"{target}.weight"] = scale.T if self._transposed else scale
             if rows:  # the whole output is scaled, the bias too
-                self._scales[f"{target}.bias"] = tensor.flatten()
+                self._scales[f"{target}.bias"] = scale.flatten()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a merged tensor."""
@@ -156,14 +159,18 @@ class IA3Merge:
             return tuple(self._replaced[name].shape)
         return self._shapes[name]
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` itself, or the scaled one in float32."""
-        if name in self._replaced:
-            return self._replaced[name]
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """``rows`` themselves, or the scaled ones in float32."""
         scale = self._scales.get(name)
-        return tensor if scale is None else tensor.float() * scale.float()
+        if scale is None and name not in self._replaced:
+            return rows
+        part = slice(start, start + len(rows))
+        if scale is None:
+            return self._replaced[name][part]
+        columns = scale.dim() == 2 and scale.shape[0] == 1
+        return rows.float() * (scale if columns else scale[part]).float()
 
-    def added(self) -> Mapping[str, Tensor]:
+    def added(self) -> Mapping[str, Rows]:
         """A trained head."""
         return self._replaced
 

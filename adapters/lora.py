@@ -33,6 +33,7 @@ from adapters.peft_backed import (
     peft_task_type,
     read_config,
     read_tensors,
+    stored_tensors,
 )
 from adapters.zero_keeping import MARK, keep_zeros
 from qft.errors import AdapterError
@@ -232,7 +233,7 @@ class LoRA(PeftStrategy):
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "LORA") or {}
-        parts = lora_parts(read_tensors(folder), values, self.rank_stabilised, folder)
+        parts = lora_parts(stored_tensors(folder), values, self.rank_stabilised, folder)
         parts = less_first(parts, read_first(folder, values), folder)
         transposed = bool(values.get("fan_in_fan_out"))
         return LowRankMerge(

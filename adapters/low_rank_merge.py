@@ -1,4 +1,4 @@
-"""Folds low-rank updates into a base, tensor by tensor: LoRA's, DoRA's, AdaLoRA's."""
+"""Folds low-rank updates into a base, block by block: LoRA's, DoRA's, AdaLoRA's."""
 
 from __future__ import annotations
 
@@ -10,26 +10,51 @@ from typing import TYPE_CHECKING, Any
 
 from adapters.peft_backed import module_name
 from qft.errors import AdapterError
-from qft.strategy import BaseTensors
+from qft.strategy import BaseTensors, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qft.shards import StoredTensor
+
+
+_MANY_ROWS = 64
+
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one weight: ``scale · up @ down``.
+    """What is added to one weight: ``scale · up @ down``, read when its turn has come.
 
     Attributes:
         up: ``[out, rank]``.
         down: ``[rank, in]``.
         magnitude: DoRA's, ``[out]``: the length every row of the sum gets.
+        gain: AdaLoRA's, ``[rank, 1]``: what each row of ``down`` is multiplied with.
+        first: what LoftQ began with, an up and a down, whose product is taken off again.
     """
 
-    up: Tensor
-    down: Tensor
+    up: Rows
+    down: Rows
     scale: float
-    magnitude: Tensor | None = None
+    magnitude: Rows | None = None
+    gain: Rows | None = None
+    first: tuple[Rows, Rows] | None = None
+
+    def read_down(self) -> Tensor:
+        """All of the right factor, float32, ``[rank, in]``."""
+        import torch
+
+        down = self.down[:].float()
+        if self.gain is not None:
+            down = (self.down[:] * self.gain[:]).float()
+        return down if self.first is None else torch.cat([down, self.first[1][:].float()])
+
+    def read_up(self, rows: slice) -> Tensor:
+        """Some rows of the left factor, float32, ``[rows, rank]``."""
+        import torch
+
+        up = self.up[rows].float()
+        return up if self.first is None else torch.cat([up, -self.first[0][rows].float()], dim=1)
 
 
 @dataclass(frozen=True)
@@ -44,9 +69,18 @@ class Parts:
     """
 
     updates: Mapping[str, Update]
-    replaced: Mapping[str, Tensor]
-    rows: Mapping[str, tuple[Sequence[int], Tensor]]
+    replaced: Mapping[str, Rows]
+    rows: Mapping[str, tuple[Sequence[int], Rows]]
     heads: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What is kept while a weight's blocks are merged: small beside the weight."""
+
+    name: str
+    down: Tensor
+    stretch: Tensor | None = None
 
 
 class LowRankMerge:
@@ -56,7 +90,8 @@ class LowRankMerge:
         self, parts: Parts, base: BaseTensors, folder: Path, *, transposed: bool,
         keep_zeros: bool = False,
     ) -> None:  # fmt: skip
-        self._parts, self._folder = parts, folder
+        self._parts, self._base, self._folder = parts, base, folder
+        self._held: _Held | None = None  # of the weight whose blocks are being merged
         self._transposed, self._keep_zeros = transposed, keep_zeros
         self._shapes = {name: base.shape(name) for name in base.names()}
         for name, update in parts.updates.items():
@@ -90,31 +125,85 @@ class LowRankMerge:
             return tuple(self._parts.replaced[name].shape)
         return self._shapes[name]
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` itself, or the merged one in float32."""
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """``rows`` themselves, or the merged ones in float32."""
         if name in self._parts.replaced:
-            return self._parts.replaced[name]
+            return self._parts.replaced[name][start : start + len(rows)]
         if name in self._parts.rows:
-            places, rows = self._parts.rows[name]
-            changed = tensor.float().clone()
-            changed[list(places)] = rows.float()
-            return changed
+            return self._with_own_rows(name, rows, start)
         update = self._parts.updates.get(name)
         if update is None:
-            return tensor
-        delta = (update.up.float() @ update.down.float()) * update.scale
-        delta = delta.T if self._transposed else delta
+            return rows
+        end = start + len(rows)
+        if self._held is None or self._held.name != name:
+            self._held = None  # frees the weight before
+            self._held = self._hold(name, update)
+        delta = self._delta(name, update, start, end)
         if self._keep_zeros:
-            delta.masked_fill_(tensor == 0, 0)
-        merged = tensor.float() + delta
+            delta.masked_fill_(rows == 0, 0)
+        merged = delta.add_(rows)  # in float32
         if update.magnitude is None:
             return merged
-        along = 0 if self._transposed else 1  # each output's weights
-        length = merged.norm(dim=along, keepdim=True)
-        stretched: Tensor = merged * (update.magnitude.float().reshape(length.shape) / length)
-        return stretched
+        if self._held.stretch is not None:
+            return merged.mul_(self._held.stretch)
+        length = merged.norm(dim=1, keepdim=True)
+        return merged.mul_(update.magnitude[start:end].float().reshape(length.shape) / length)
 
-    def added(self) -> Mapping[str, Tensor]:
+    def _delta(self, name: str, update: Update, start: int, end: int) -> Tensor:
+        """``scale · up @ down`` for some rows of the stored weight, ``[end - start, …]``.
+
+        A matrix product of a few rows adds up in another order than one of many, and a merge must
+        not depend on where its blocks end: of few rows, neighbours are computed too.
+        """
+        assert self._held is not None
+        low = max(0, min(start, self._shapes[name][0] - _MANY_ROWS))
+        high = max(end, min(low + _MANY_ROWS, self._shapes[name][0]))
+        down = self._held.down
+        if self._transposed:
+            delta = (update.read_up(slice(None)) @ down[:, low:high]).T
+        else:
+            delta = update.read_up(slice(low, high)) @ down
+        return delta[start - low : end - low].mul_(update.scale)
+
+    def _hold(self, name: str, update: Update) -> _Held:
+        """What all blocks of a weight need."""
+        down = update.read_down()
+        if update.magnitude is None or not self._transposed:
+            return _Held(name, down)
+        return _Held(name, down, self._stretch(name, update, down))
+
+    def _stretch(self, name: str, update: Update, down: Tensor) -> Tensor:
+        """What DoRA multiplies each output of a transposed weight with, ``[1, out]``.
+
+        An output's weights are a column there, so that their length needs every row: read by
+        columns before the first block of rows is merged.
+        """
+        import torch
+
+        from qft.shards import row_blocks
+
+        assert update.magnitude is not None
+        height, width = self._shapes[name]
+        stretch = torch.empty(width)
+        for block in row_blocks((width, height)):
+            merged = self._base.read_columns(name, range(block.start, block.stop)).float()
+            merged += (update.read_up(block) @ down).mul_(update.scale).T
+            stretch[block] = update.magnitude[block].float() / merged.norm(dim=0)
+        return stretch[None]
+
+    def _with_own_rows(self, name: str, rows: Tensor, start: int) -> Tensor:
+        places, own = self._parts.rows[name]
+        here = [(at, place - start) for at, place in enumerate(places)
+                if start <= place < start + rows.shape[0]]  # fmt: skip
+        if not here:
+            return rows
+        changed = rows.float()
+        changed = changed.clone() if changed is rows else changed
+        for at, place in here:
+            changed[place] = own[at : at + 1][0].float()
+        return changed
+
+    def added(self) -> Mapping[str, Rows]:
         """A trained head, trained biases."""
         return self._parts.replaced
 
@@ -124,7 +213,10 @@ class LowRankMerge:
 
 
 def lora_parts(
-    tensors: Mapping[str, Tensor], values: Mapping[str, Any], rank_stabilised: bool, folder: Path
+    tensors: Mapping[str, StoredTensor],
+    values: Mapping[str, Any],
+    rank_stabilised: bool,
+    folder: Path,
 ) -> Parts:
     """Sorts the tensors of a LoRA folder by PEFT's names.
 
@@ -135,7 +227,9 @@ def lora_parts(
         AdapterError: an update is not of the rank that the config says.
     """
     named = {module_name(name): tensor for name, tensor in tensors.items()}
-    updates, replaced, rows = {}, {}, {}
+    updates: dict[str, Update] = {}
+    replaced: dict[str, Rows] = {}
+    rows: dict[str, tuple[Sequence[int], Rows]] = {}
     for name, tensor in named.items():
         target, found, part = name.partition(".lora_")
         if found and part == "B.weight" and f"{target}.lora_A.weight" in named:
@@ -156,7 +250,7 @@ def lora_parts(
     return Parts(updates, replaced, rows, heads)
 
 
-def less_first(parts: Parts, first: Mapping[str, Tensor], folder: Path) -> Parts:
+def less_first(parts: Parts, first: Mapping[str, Rows], folder: Path) -> Parts:
     """Parts without what LoftQ began with: the original base has lost nothing to a quantization.
 
     ``s B A - s B0 A0`` is ``s [B, -B0] [A; A0]``.
@@ -164,8 +258,6 @@ def less_first(parts: Parts, first: Mapping[str, Tensor], folder: Path) -> Parts
     Raises:
         AdapterError: the first update is another adapter's.
     """
-    import torch
-
     updates = dict(parts.updates)
     downs = {module_name(n): t for n, t in first.items() if n.endswith(".lora_A.weight")}
     ups = {module_name(n): t for n, t in first.items() if n.endswith(".lora_B.weight")}
@@ -177,18 +269,14 @@ def less_first(parts: Parts, first: Mapping[str, Tensor], folder: Path) -> Parts
         ):  # fmt: skip
             raise AdapterError("What the adapter began with belongs to another adapter.",
                                where=folder, found=name)  # fmt: skip
-        updates[f"{target}.weight"] = replace(
-            update,
-            up=torch.cat([update.up.float(), -up.float()], dim=1),
-            down=torch.cat([update.down.float(), down.float()], dim=0),
-        )
+        updates[f"{target}.weight"] = replace(update, first=(up, down))
     return replace(parts, updates=updates)
 
 
 def _scale(
     target: str,
-    up: Tensor,
-    down: Tensor,
+    up: Rows,
+    down: Rows,
     values: Mapping[str, Any],
     rank_stabilised: bool,
     folder: Path,

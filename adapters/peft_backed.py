@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qft.errors import AdapterError, RecipeError, first_line
+from qft.errors import AdapterError, ModelError, RecipeError, first_line
 from qft.lean.model_parts import writes_text
 from qft.strategy import Context, Strategy
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
+
+    from qft.shards import StoredTensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -124,6 +126,31 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    path = _weights(folder, file)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError("The adapter's weights are broken.", where=path, found=error) from None
+
+
+def stored_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
+    """The same, read only when they are asked for, and by rows.
+
+    Raises:
+        AdapterError: the file is missing, broken or a pickle.
+    """
+    from qft.shards import open_tensors
+
+    path = _weights(folder, file)
+    try:
+        return open_tensors(path)
+    except ModelError as error:
+        raise AdapterError(
+            "The adapter's weights are broken.", where=path, found=f"{error.what} {error.found}"
+        ) from None
+
+
+def _weights(folder: Path, file: str) -> Path:
     path = folder / file
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -134,10 +161,7 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
             where=folder,
             fix="save the adapter again as safetensors" if pickled else f"it needs {file}",
         )
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError("The adapter's weights are broken.", where=path, found=error) from None
+    return path
 
 
 def compare_tensors(

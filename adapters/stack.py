@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -10,9 +11,10 @@ from pydantic import Field, model_validator
 
 from adapters.peft_backed import PeftStrategy
 from qft.errors import AdapterError
-from qft.strategy import PARTS, BaseTensors, Context, Merge, Needs, Strategy
+from qft.strategy import PARTS, BaseTensors, Context, Merge, Needs, Rows, Strategy
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 
@@ -131,7 +133,7 @@ class Stack(Strategy):
 
 
 class StackMerge:
-    """Every part's edits to each tensor, over what a part puts in its place.
+    """Every part's edits to each block, over what a part puts in its place.
 
     A part's tensors replace the base's: what the others add to a weight, they were trained to add
     to the replaced one.
@@ -139,7 +141,7 @@ class StackMerge:
 
     def __init__(self, merges: Sequence[Merge], folder: Path) -> None:
         self._merges = list(merges)
-        self._replaced: dict[str, Tensor] = {}
+        self._replaced: dict[str, Rows] = {}
         for merge in self._merges:
             for name, tensor in merge.added().items():
                 if not _same(tensor, self._replaced.setdefault(name, tensor)):
@@ -156,45 +158,55 @@ class StackMerge:
             return tuple(self._replaced[name].shape)
         return self._merges[0].shape(name)
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """``tensor`` itself, or what the parts make of it."""
-        tensor = self._replaced.get(name, tensor)
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """``rows`` themselves, or what the parts make of them."""
+        replaced = self._replaced.get(name)
+        rows = rows if replaced is None else replaced[start : start + len(rows)]
+        return self.edit_others(name, rows, start)
+
+    def edit_others(self, name: str, rows: Tensor, start: int) -> Tensor:
+        """What the parts that do not replace a tensor make of its rows."""
         for merge in self._merges:
             if name not in merge.added():
-                tensor = merge.edit(name, tensor)
-        return tensor
+                rows = merge.edit(name, rows, start)
+        return rows
 
-    def added(self) -> Mapping[str, Tensor]:
+    def added(self) -> Mapping[str, Rows]:
         """All parts' together, each edited by the others when it is asked for."""
-        return _Edited(self, self._replaced)
+        return {name: _Edited(self, name, rows) for name, rows in self._replaced.items()}
 
     def config_changes(self) -> Mapping[str, Any]:
         """All parts' together."""
         return {key: v for merge in self._merges for key, v in merge.config_changes().items()}
 
 
-class _Edited(Mapping[str, "Tensor"]):
-    """Edits one tensor at a time, so that a merge holds no more than one."""
+@dataclass(frozen=True)
+class _Edited:
+    """Edits the rows that are asked for, so that a merge holds no more than these."""
 
-    def __init__(self, merge: StackMerge, tensors: Mapping[str, Tensor]) -> None:
-        self._merge, self._tensors = merge, tensors
+    merge: StackMerge
+    name: str
+    rows: Rows
 
-    def __getitem__(self, name: str) -> Tensor:
-        return self._merge.edit(name, self._tensors[name])
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rows.shape
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rows.dtype
 
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+    def __getitem__(self, part: slice) -> Tensor:
+        return self.merge.edit_others(self.name, self.rows[part], part.start or 0)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(one: Rows, other: Rows) -> bool:
     """Two parts that free one parameter both save it."""
-    return one is other or (one.shape == other.shape and bool((one == other).all()))
+    if one is other or tuple(one.shape) != tuple(other.shape):
+        return one is other
+    from qft.shards import row_blocks
+
+    return all(bool((one[part] == other[part]).all()) for part in row_blocks(one.shape))
 
 
 def _seen_by(part: Strategy, model: nn.Module) -> nn.Module:

@@ -86,6 +86,11 @@ def require_disk(path: Path, needed_bytes: int) -> None:
         )
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def require_absent(path: Path, *, overwrite: bool = False) -> None:
     """Refuses to write over what exists.
 
@@ -122,12 +127,15 @@ def require_apart(out: Path, *sources: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path | str, *, overwrite: bool = False, go_on: bool = False) -> Iterator[Path]:
     """A folder to write into that gets its name only when all of it is on the disk.
 
     Args:
         path: the final name.
         overwrite: replace what has this name; it stays whole until the new folder is complete.
+        go_on: what a write that was killed or interrupted has left under the temporary name is
+            still there, for a writer that can tell how far it is good
+            (:class:`qft.write_journal.WriteJournal`).
 
     Raises:
         OutputExistsError: the name is taken and ``overwrite`` is off.
@@ -136,17 +144,24 @@ def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     path = Path(path)
     _restore_former(path)
     require_absent(path, overwrite=overwrite)
-    temporary = path.parent / f"{_TEMPORARY}{path.name}"
+    temporary = unfinished(path)
     with explain_write_errors(path):
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            if not go_on:
+                shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True, exist_ok=go_on)
             yield temporary
             sync_tree(temporary)
             replace_folder(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except BaseException as error:
+            if not (go_on and isinstance(error, KeyboardInterrupt)):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def unfinished(path: Path) -> Path:
+    """What a folder is called until it is complete."""
+    return path.parent / f"{_TEMPORARY}{path.name}"
 
 
 def replace_folder(temporary: Path, path: Path) -> None:

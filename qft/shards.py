@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,7 @@ _MAX_HEADER_BYTES = 100 * 2**20  # what the reference implementation allows
 _MAX_INDEX_BYTES = 100 * 2**20
 _LENGTH_BYTES = 8
 _HEAD_BYTES = 4096  # of each tensor, for a fingerprint
+BLOCK_NUMBERS = 4 * 2**20  # of a tensor, held at a time by whatever streams it: 16 MiB of float32
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -61,11 +62,11 @@ class Fingerprint:
         """One tensor, in any order; ``head`` is its first 4 KiB."""
         self._parts[name] = f"{name} {shape} {dtype}".encode() + head
 
-    def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """One tensor, on the CPU."""
+    def add_tensor(self, name: str, tensor: Tensor, shape: tuple[int, ...] | None = None) -> None:
+        """One tensor, on the CPU; or its first rows, and the ``shape`` of all of it."""
         first = tensor.detach().reshape(-1)[:_HEAD_BYTES].contiguous()
         head = first.view(torch.uint8)[:_HEAD_BYTES].numpy().tobytes()
-        self.add(name, tuple(tensor.shape), tensor.dtype, head)
+        self.add(name, tuple(tensor.shape) if shape is None else shape, tensor.dtype, head)
 
     def text(self) -> str:
         """The hash over all that was added."""
@@ -83,9 +84,142 @@ class Entry:
     bytes: int
 
 
+class _File:
+    """A file that is opened when it is first read, and can be closed in between."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream: BinaryIO | None = None
+
+    def fill(self, offset: int, buffer: bytearray | memoryview) -> None:
+        """Reads as many bytes as ``buffer`` holds."""
+        if self._stream is None:
+            self._stream = self.path.open("rb")
+        self._stream.seek(offset)
+        if self._stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+            raise ModelError("A shard became shorter while it was read.", where=self.path)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies in a file, read by rows or columns; its header entry has been checked.
+
+    ``stored[a:b]`` are some of its rows, on the CPU, in memory of their own.
+    """
+
+    name: str
+    file: _File
+    entry: Entry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """From the header."""
+        return self.entry.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """From the header."""
+        return self.entry.dtype
+
+    def read(self) -> Tensor:
+        """All of it."""
+        buffer = bytearray(self.entry.bytes)
+        self.file.fill(self.entry.offset, buffer)
+        return self._tensor(buffer, self.shape)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Rows of a slice without a step; a tensor without rows is one."""
+        if not self.shape:
+            return self.read()
+        start, stop, step = rows.indices(self.shape[0])
+        if step != 1:
+            raise IndexError("rows are read without a step")
+        stop = max(start, stop)
+        buffer = bytearray((stop - start) * self._row_bytes)
+        self.file.fill(self.entry.offset + start * self._row_bytes, buffer)
+        return self._tensor(buffer, (stop - start, *self.shape[1:]))
+
+    def rows(self, rows: Sequence[int]) -> Tensor:
+        """Some rows, in the order asked for.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        missing = next((row for row in rows if not 0 <= row < self.shape[0]), None)
+        if missing is not None:
+            raise IndexError(f"{self.name} has no row {missing}")
+        if isinstance(rows, range) and rows.step == 1:
+            return self[rows.start : rows.stop]
+        buffer = bytearray(len(rows) * self._row_bytes)
+        view = memoryview(buffer)
+        for place, row in enumerate(rows):
+            part = view[place * self._row_bytes : (place + 1) * self._row_bytes]
+            self.file.fill(self.entry.offset + row * self._row_bytes, part)
+        return self._tensor(buffer, (len(rows), *self.shape[1:]))
+
+    def columns(self, columns: range) -> Tensor:
+        """Neighbouring columns of a matrix, ``[rows, len(columns)]``."""
+        height, width = self.shape
+        begin, end, step = slice(columns.start, columns.stop, columns.step).indices(width)
+        if step != 1 or end - begin != len(columns):
+            raise IndexError(f"{self.name} has no columns {columns}")
+        part_bytes = len(columns) * self.dtype.itemsize
+        buffer = bytearray(height * part_bytes)
+        view = memoryview(buffer)
+        first = self.entry.offset + begin * self.dtype.itemsize
+        for row in range(height):
+            part = view[row * part_bytes : (row + 1) * part_bytes]
+            self.file.fill(first + row * self._row_bytes, part)
+        return self._tensor(buffer, (height, len(columns)))
+
+    def head(self, count: int) -> bytes:
+        """The first ``count`` bytes (or fewer) of the data."""
+        buffer = bytearray(min(count, self.entry.bytes))
+        self.file.fill(self.entry.offset, buffer)
+        return bytes(buffer)
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.entry.bytes // self.shape[0] if self.shape[0] else 0
+
+    def _tensor(self, buffer: bytearray, shape: tuple[int, ...]) -> Tensor:
+        if not buffer:
+            return torch.empty(shape, dtype=self.dtype)
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(self.dtype).reshape(shape)
+
+
+def open_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by name; none is read.
+
+    Raises:
+        ModelError: see :func:`read_header`.
+    """
+    file = _File(path)
+    return {name: StoredTensor(name, file, entry) for name, entry in read_header(path).items()}
+
+
 def tensor_bytes(shape: Iterable[int], dtype: torch.dtype) -> int:
     """Bytes a tensor of this shape takes on disk."""
     return math.prod(shape) * dtype.itemsize
+
+
+def row_blocks(shape: Sequence[int], numbers: int = BLOCK_NUMBERS) -> Iterator[slice]:
+    """Cuts a tensor into blocks of whole rows, of about so many ``numbers``, in order.
+
+    Blocks of more than 64 rows have a multiple of 64, so that whatever groups weights by 64 (4-bit
+    formats) finds the same groups in a block as in the whole.
+    """
+    if len(shape) < 2:
+        yield slice(0, shape[0] if shape else 1)
+        return
+    rows = max(1, numbers // max(1, math.prod(shape[1:])))
+    rows -= rows % 64 if rows > 64 else 0
+    yield from (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -205,19 +339,18 @@ class ShardedCheckpoint:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._places: dict[str, tuple[Path, Entry]] = {}
-        self._streams: dict[Path, BinaryIO] = {}
+        self._places: dict[str, StoredTensor] = {}
         for file, wanted in self._files().items():
-            entries = read_header(inside(self.folder, file))
-            for name in entries if wanted is None else wanted:
-                if name not in entries:
+            held = open_tensors(inside(self.folder, file))
+            for name in held if wanted is None else wanted:
+                if name not in held:
                     raise ModelError(
                         "The index names a tensor that its shard does not hold.",
                         where=self.folder / file,
                         found=name,
                         fix="get the model again; index and shards do not belong together",
                     )
-                self._places[name] = (self.folder / file, entries[name])
+                self._places[name] = held[name]
 
     def _files(self) -> dict[str, list[str] | None]:
         """Each file's wanted tensors; None is all of them."""
@@ -237,24 +370,19 @@ class ShardedCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header."""
-        return self._place(name)[1].shape
+        return self._place(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the header."""
-        return self._place(name)[1].dtype
+        return self._place(name).dtype
 
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(entry.bytes for _, entry in self._places.values())
+        return sum(stored.entry.bytes for stored in self._places.values())
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in memory of its own; nothing else is read."""
-        path, entry = self._place(name)
-        buffer = bytearray(entry.bytes)
-        self._fill(path, entry, buffer)
-        if not buffer:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(entry.shape)
+        return self._place(name).read()
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Some rows of a tensor, in the order asked for; nothing else is read.
@@ -262,24 +390,19 @@ class ShardedCheckpoint:
         Args:
             rows: positions along the first axis.
         """
-        path, entry = self._place(name)
-        row_bytes = entry.bytes // entry.shape[0]
-        buffer = bytearray(len(rows) * row_bytes)
-        view = memoryview(buffer)
-        for place, row in enumerate(rows):
-            if not 0 <= row < entry.shape[0]:
-                raise IndexError(f"{name} has no row {row}")
-            part = Entry(entry.shape[1:], entry.dtype, entry.offset + row * row_bytes, row_bytes)
-            self._fill(path, part, view[place * row_bytes : (place + 1) * row_bytes])
-        shape = (len(rows), *entry.shape[1:])
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(entry.dtype).reshape(shape)
+        return self._place(name).rows(rows)
+
+    def read_columns(self, name: str, columns: range) -> Tensor:
+        """Neighbouring columns of a matrix, ``[rows, len(columns)]``; nothing else is read."""
+        return self._place(name).columns(columns)
 
     def head(self, name: str, count: int) -> bytes:
         """The first ``count`` bytes (or fewer) of a tensor's data."""
-        path, entry = self._place(name)
-        buffer = bytearray(min(count, entry.bytes))
-        self._fill(path, entry, buffer)
-        return bytes(buffer)
+        return self._place(name).head(count)
+
+    def files(self) -> list[Path]:
+        """The files the tensors lie in."""
+        return list(dict.fromkeys(stored.file.path for stored in self._places.values()))
 
     def fingerprint(self) -> str:
         """See :class:`Fingerprint`; only headers and the heads of the tensors are read."""
@@ -288,15 +411,7 @@ class ShardedCheckpoint:
             found.add(name, self.shape(name), self.dtype(name), self.head(name, _HEAD_BYTES))
         return found.text()
 
-    def _fill(self, path: Path, entry: Entry, buffer: bytearray | memoryview) -> None:
-        stream = self._streams.get(path)
-        if stream is None:
-            stream = self._streams[path] = path.open("rb")
-        stream.seek(entry.offset)
-        if stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-            raise ModelError("A shard became shorter while it was read.", where=path)
-
-    def _place(self, name: str) -> tuple[Path, Entry]:
+    def _place(self, name: str) -> StoredTensor:
         try:
             return self._places[name]
         except KeyError:
@@ -306,9 +421,8 @@ class ShardedCheckpoint:
 
     def close(self) -> None:
         """Closes the files; reading opens them again."""
-        for stream in self._streams.values():
-            stream.close()
-        self._streams.clear()
+        for stored in self._places.values():
+            stored.file.close()
 
     def __enter__(self) -> Self:
         return self

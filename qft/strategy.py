@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
 PARTS = "parts.json"  # in an adapter folder whose sub-folders are a stack's parts
@@ -70,17 +71,44 @@ class BaseTensors(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor itself."""
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Some of its rows, in the order asked for."""
+
+    def read_columns(self, name: str, columns: range) -> Tensor:
+        """Some neighbouring columns of a matrix, ``[rows, len(columns)]``."""
+
+
+class Rows(Protocol):
+    """A tensor whose rows are had by slicing: a torch tensor, or one that lies in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """All of it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every slice."""
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """The rows of a slice without a step."""
+
 
 class Merge(Protocol):
-    """A saved adapter, opened without a model, ready to change the base tensor by tensor."""
+    """A saved adapter, opened without a model, ready to change the base block by block of rows.
+
+    A block is as many whole rows as fit into a few MiB, so that no tensor is too large to merge.
+    """
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a merged tensor, added ones included."""
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """The merged value of base tensor `name`; the very same object where nothing changes."""
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """The merged value of the rows of base tensor `name` that begin with row `start`.
 
-    def added(self) -> Mapping[str, Tensor]:
+        Where nothing changes in them, the very same object. What is computed is float32.
+        """
+
+    def added(self) -> Mapping[str, Rows]:
         """Tensors the base does not have (a trained head); they may also replace one it has."""
 
     def config_changes(self) -> Mapping[str, Any]:

@@ -276,8 +276,8 @@ def test_verification_failure_exits_5(
     assert qft("train", write_recipe(tmp_path, job), "-q")[0] == 0
     plain = LowRankMerge.edit
 
-    def edit(self: LowRankMerge, name: str, tensor: Any) -> Any:
-        return -tensor if name == "model.norm.weight" else plain(self, name, tensor)
+    def edit(self: LowRankMerge, name: str, rows: Any, start: int = 0) -> Any:
+        return -rows if name == "model.norm.weight" else plain(self, name, rows, start)
 
     monkeypatch.setattr(LowRankMerge, "edit", edit)
     result = qft("merge", tmp_path / "run", "--out", tmp_path / "merged", "--verify", "-q")

@@ -65,12 +65,14 @@ def test_reads_what_the_reference_library_writes(tmp_path):
         assert checkpoint.total_bytes() == sum(t.nbytes for t in TENSORS.values())
 
 
+def whole(name: str) -> list[torch.Tensor]:
+    return [TENSORS[name]]
+
+
 @pytest.mark.parametrize("limit,files", [(10**9, 1), (40, 2), (1, 6)])
 def test_the_reference_library_reads_what_is_written(tmp_path, limit, files):
     seen: list[int] = []
-    total = write_shards(
-        tmp_path, specs(), TENSORS.__getitem__, max_shard_bytes=limit, progress=seen.append
-    )
+    total = write_shards(tmp_path, specs(), whole, max_shard_bytes=limit, progress=seen.append)
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) == files
     assert total == sum(seen) == sum(t.nbytes for t in TENSORS.values())
@@ -188,14 +190,14 @@ def test_the_hub_caches_own_links_are_followed(tmp_path):
 def test_another_shape_or_dtype_than_planned_is_an_error(tmp_path):
     for wrong in (torch.zeros(2), torch.zeros(3, dtype=torch.float16)):
         with pytest.raises(SaveError, match="not what was announced"):
-            write_shards(tmp_path, [("a", (3,), torch.float32)], lambda _, t=wrong: t)
+            write_shards(tmp_path, [("a", (3,), torch.float32)], lambda _, t=wrong: [t])
 
 
 def test_a_full_disk_half_way_leaves_nothing(tmp_path):
-    def produce(name: str) -> torch.Tensor:
+    def produce(name: str) -> list[torch.Tensor]:
         if name == "half":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return TENSORS[name]
+        return whole(name)
 
     out = tmp_path / "out"
     with pytest.raises(SaveError, match="disk is full"), new_folder(out) as folder:

@@ -162,8 +162,8 @@ def test_parts_that_contradict_each_other_are_refused(tiny_bert: Path, tmp_path:
         open_source(tiny_bert, skeleton, adapter=tmp_path, strategy=strategy)
 
 
-def test_a_merge_computes_one_replaced_tensor_at_a_time(tmp_path: Path):
-    asked: list[str] = []
+def test_a_merge_computes_the_rows_it_needs_of_a_replaced_tensor(tmp_path: Path):
+    asked: list[tuple[str, int, int]] = []
 
     class Part:
         def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -172,15 +172,15 @@ def test_a_merge_computes_one_replaced_tensor_at_a_time(tmp_path: Path):
         def added(self) -> dict[str, torch.Tensor]:
             return self.tensors
 
-        def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-            asked.append(name)
-            return tensor * 2
+        def edit(self, name: str, rows: torch.Tensor, start: int = 0) -> torch.Tensor:
+            asked.append((name, start, len(rows)))
+            return rows * 2
 
     freed = {"a": torch.ones(2), "b": torch.ones(2)}
     added = StackMerge([Part({}), Part(freed)], tmp_path).added()  # type: ignore[list-item]
     assert (list(added), "a" in added, asked) == (["a", "b"], True, [])
-    assert torch.equal(added["b"], torch.full((2,), 2.0))
-    assert asked == ["b"]
+    assert torch.equal(added["b"][1:], torch.full((1,), 2.0))
+    assert asked == [("b", 1, 1)]
 
 
 def test_settings_go_round_and_wrong_ones_are_named():

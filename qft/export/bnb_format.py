@@ -205,7 +205,11 @@ def write_bnb(
     """Writes the quantized model folder; its config says which model it was quantized from."""
     copy_files(plan.source.files, folder)
     write_shards(
-        folder, plan.specs, plan.produce, max_shard_bytes=max_shard_bytes, progress=progress
+        folder,
+        plan.specs,
+        lambda name: [plan.produce(name)],
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
     )
     changes = {
         "quantization_config": plan.quantization_config(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from qft.merging.tensors import TensorSource, rounded
@@ -48,6 +50,15 @@ class InDtype:
             ModelError: a finite value is too large for float16.
         """
         return rounded(name, self._source.read(name), self.dtype(name))
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The same in blocks of rows."""
+        for block in self._source.blocks(name):
+            yield rounded(name, block, self.dtype(name))
+
+    def made_from(self) -> list[tuple[str, int, int]]:
+        """As in the source."""
+        return list(self._source.made_from())
 
     def fingerprint(self) -> str:
         """Of the source, before the conversion."""

@@ -7,6 +7,7 @@ and rounded once, to the dtype it is stored in.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from torch import nn
 
 from qft import models
 from qft.errors import AdapterError, ModelError
-from qft.files import new_folder, require_absent, require_disk
+from qft.files import folder_bytes, new_folder, require_absent, require_disk, unfinished
+from qft.hardware import versions
 from qft.merging.side_files import copy_files, files_bytes, side_files
 from qft.merging.tensors import MergedTensors, ModuleTensors, TensorSource, tied_names
 from qft.shard_writer import MAX_SHARD_BYTES, write_shards
 from qft.shards import ShardedCheckpoint, tensor_bytes
 from qft.strategy import Merge, Strategy
+from qft.write_journal import WriteJournal
 
 Progress = Callable[[int], None]  # called with the bytes just done
 
@@ -71,6 +74,7 @@ def open_source(
         dtype=dtype,
         config=_merged_config(config, skeleton, merge, dtype),
         files=side_files(base, adapter),
+        sources=sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else (),
     )
 
 
@@ -127,6 +131,8 @@ def write_model(
 ) -> int:
     """Writes a source as a model folder that transformers opens; returns the tensors' bytes.
 
+    A write that was killed or interrupted goes on where it was, to the same bytes.
+
     Raises:
         OutputExistsError: ``out`` is taken.
         SaveError: the disk is full; nothing is left behind and nothing that existed has changed.
@@ -134,10 +140,27 @@ def write_model(
     out = Path(out)
     require_absent(out, overwrite=overwrite)
     total = sum(tensor_bytes(source.shape(n), source.dtype(n)) for n in source.names())
-    require_room(source, out)
-    with new_folder(out, overwrite=overwrite) as folder:
-        fill_folder(source, folder, max_shard_bytes=max_shard_bytes, progress=progress)
+    require_room(source, out, there=folder_bytes(unfinished(out)))
+    with new_folder(out, overwrite=overwrite, go_on=True) as folder:
+        journal = WriteJournal(folder, _identity(source, max_shard_bytes))
+        fill_folder(
+            source, folder, max_shard_bytes=max_shard_bytes, progress=progress, journal=journal
+        )
+        journal.close()
     return total
+
+
+def _identity(source: TensorSource, max_shard_bytes: int) -> str:
+    """Of everything that decides the bytes of a written model: what it is made from, and how."""
+    facts = {
+        "made_from": source.made_from(),
+        "tensors": [(n, source.shape(n), str(source.dtype(n))) for n in source.names()],
+        "config": dict(source.config),
+        "max_shard_bytes": max_shard_bytes,
+        "software": {**versions(), "threads": torch.get_num_threads()},
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def fill_folder(
@@ -146,22 +169,29 @@ def fill_folder(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Progress | None = None,
+    journal: WriteJournal | None = None,
 ) -> None:
     """Writes config, tokenizer and tensors of a source into a folder that is being made."""
     specs = [(name, source.shape(name), source.dtype(name)) for name in source.names()]
     write_config(source, folder)
     copy_files(source.files, folder)
-    write_shards(folder, specs, source.read, max_shard_bytes=max_shard_bytes, progress=progress)
+    write_shards(
+        folder, specs, source.blocks, max_shard_bytes=max_shard_bytes, progress=progress,
+        journal=journal,
+    )  # fmt: skip
 
 
-def require_room(source: TensorSource, out: Path) -> None:
+def require_room(source: TensorSource, out: Path, there: int = 0) -> None:
     """Refuses to begin a write that the disk has no room for.
+
+    Args:
+        there: bytes of it that are on the disk already.
 
     Raises:
         SaveError: it has not.
     """
     total = sum(tensor_bytes(source.shape(n), source.dtype(n)) for n in source.names())
-    require_disk(out, total + files_bytes(source.files) + _HEADER_SLACK_BYTES)
+    require_disk(out, max(0, total + files_bytes(source.files) - there) + _HEADER_SLACK_BYTES)
 
 
 def write_config(source: TensorSource, folder: Path, **changes: Any) -> None:

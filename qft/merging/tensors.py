@@ -1,8 +1,8 @@
-"""A model read one tensor at a time: a base, or a base with an adapter on it."""
+"""A model read block by block: a base, or a base with an adapter on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import AdapterError, ModelError
-from qft.shards import Fingerprint, ShardedCheckpoint, tensor_bytes
-from qft.strategy import Merge
+from qft.shards import Fingerprint, ShardedCheckpoint, row_blocks, tensor_bytes
+from qft.strategy import Merge, Rows
 
 
 class TensorSource(Protocol):
-    """A whole model, read one tensor at a time: what merge and every export format write from."""
+    """A whole model, read piece by piece: what merge and every export format write from."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -39,6 +39,12 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU."""
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The same tensor in blocks of rows."""
+
+    def made_from(self) -> Sequence[tuple[str, int, int]]:
+        """The files it reads: name, bytes, and when they were changed (ns)."""
 
     def fingerprint(self) -> str:
         """Of the model (see :class:`qft.shards.Fingerprint`), once all of it was read."""
@@ -81,6 +87,10 @@ class ModuleTensors:
         """Some of its rows."""
         return self._checkpoint.read_rows(self._name(name), rows)
 
+    def read_columns(self, name: str, columns: range) -> Tensor:
+        """Some neighbouring columns of a matrix, ``[rows, len(columns)]``."""
+        return self._checkpoint.read_columns(self._name(name), columns)
+
     def _name(self, name: str) -> str:
         try:
             return self._stored[name]
@@ -101,6 +111,7 @@ class MergedTensors:
         dtype: of every floating tensor; None keeps each one's own.
         config: the result's config.json.
         files: the result's tokenizer and generation files.
+        sources: the adapter's files.
     """
 
     def __init__(
@@ -113,11 +124,13 @@ class MergedTensors:
         dtype: torch.dtype | None = None,
         config: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
+        sources: Sequence[Path] = (),
     ) -> None:
         self._base, self._merge, self._dtype = base, merge, dtype
+        self._sources = list(sources)
         self._tied = dict(tied or {})
-        # not copied: a stack's are computed one at a time
-        self._added: Mapping[str, Tensor] = merge.added() if merge is not None else {}
+        # not copied: they lie in a file
+        self._added: Mapping[str, Rows] = merge.added() if merge is not None else {}
         self._modules = {n: m for n, m in names.items() if m not in self._tied}
         known = set(self._modules.values())
         self._modules |= {name: name for name in self._added if name not in known}
@@ -136,8 +149,7 @@ class MergedTensors:
             stored = next((n for n, m in self._modules.items() if m == twin), None)
             if stored is None:
                 continue
-            tensor = self._base.read(stored)
-            if head in self._added or self._merge.edit(head, tensor) is not tensor:
+            if head in self._added or self._edits(head, stored):
                 raise AdapterError(
                     "The adapter changes one of two tied tensors, and the merged model has only "
                     "one for both.",
@@ -145,6 +157,15 @@ class MergedTensors:
                     found=f"the base ties it to {twin}",
                     fix="use base and adapter unmerged, or train without this target",
                 )
+
+    def _edits(self, module: str, stored: str) -> bool:
+        """Whether the adapter would make something else of a base tensor under a module's name."""
+        assert self._merge is not None
+        for block in row_blocks(self._base.shape(stored)):
+            rows = self._base.read_rows(stored, range(block.start, block.stop))
+            if self._merge.edit(module, rows, block.start) is not rows:
+                return True
+        return False
 
     def names(self) -> list[str]:
         """The base's names in their order, then what the adapter adds."""
@@ -176,18 +197,42 @@ class MergedTensors:
         Raises:
             ModelError: a finite value is too large for the dtype asked for.
         """
+        shape = self.shape(name)
+        whole = torch.empty(shape, dtype=self.dtype(name))
+        for part, block in zip(row_blocks(shape), self.blocks(name), strict=True):
+            whole[part if shape else ...] = block
+        return whole
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The merged value in blocks of rows; see :meth:`read`."""
+        shape = self.shape(name)
+        for part in row_blocks(shape):
+            block = rounded(name, self._block(name, part), self.dtype(name))
+            if part.start == 0:
+                self._fingerprint.add_tensor(name, block, shape)
+            yield block
+
+    def _block(self, name: str, part: slice) -> Tensor:
+        """Some rows as they are computed; a tensor without rows is its own one block."""
         module = self._modules[name]
-        stored = self._base.read(name) if name in self._stored else None
         if module in self._added:
-            merged = self._added[module]
+            self.changed.add(name)
+            added = self._added[module]
+            return added if isinstance(added, Tensor) and not added.shape else added[part]
+        if self._base.shape(name):
+            stored = self._base.read_rows(name, range(part.start, part.stop))
         else:
-            assert stored is not None
-            merged = stored if self._merge is None else self._merge.edit(module, stored)
+            stored = self._base.read(name)
+        if self._merge is None:
+            return stored
+        merged = self._merge.edit(module, stored, part.start)
         if merged is not stored:
             self.changed.add(name)
-        result = rounded(name, merged, self.dtype(name))
-        self._fingerprint.add_tensor(name, result)
-        return result
+        return merged
+
+    def made_from(self) -> list[tuple[str, int, int]]:
+        """See :class:`TensorSource`."""
+        return described([*self._base.files(), *self._sources])
 
     def fingerprint(self) -> str:
         """Of the base as it is, or of the folder a merge would write, once all of it was read."""
@@ -198,6 +243,12 @@ class MergedTensors:
     def close(self) -> None:
         """Closes the base's files."""
         self._base.close()
+
+
+def described(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Name, bytes and time of change (ns) of files: enough to see that one is another now."""
+    states = [(path.name, path.stat()) for path in files]
+    return [(name, state.st_size, state.st_mtime_ns) for name, state in states]
 
 
 def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

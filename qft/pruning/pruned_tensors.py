@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qft.merging.side_files import side_files
+from qft.merging.tensors import described
 from qft.pruning.anatomy import Anatomy, Piece
 from qft.pruning.cut import Cut, pruned_config, pruned_shape, require_sayable
 from qft.shards import Fingerprint, ShardedCheckpoint, tensor_bytes
@@ -71,6 +72,14 @@ class PrunedTensors:
         tensor = self._cut.apply(self._anatomy, piece, self._checkpoint.read(piece.stored))
         self._fingerprint.add_tensor(name, tensor)
         return tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The same in one block: what stays of a row depends on all of it."""
+        yield self.read(name)
+
+    def made_from(self) -> list[tuple[str, int, int]]:
+        """See :class:`qft.merging.tensors.TensorSource`."""
+        return described(self._checkpoint.files())
 
     def fingerprint(self) -> str:
         """Of the pruned model, once all of it was read."""

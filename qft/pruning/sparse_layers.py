@@ -72,6 +72,10 @@ class LayerWeights:
         """A matrix as it will be stored, on the CPU."""
         return self._read.get(name, self.linears[name].weight.data).cpu()
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The same as the writer of shards wants it: in one block."""
+        yield self.stored(name)
+
 
 PruneLayer = Callable[[StreamedLayer, LayerWeights, Sparsity], None]
 
@@ -117,7 +121,7 @@ def prune_layers(
             else:
                 prune_layer(layer, weights, sparsity)
                 with new_folder(place, overwrite=True) as unfinished:
-                    write_shards(unfinished, weights.specs(), weights.stored)
+                    write_shards(unfinished, weights.specs(), weights.blocks)
                     write_manifest(unfinished)
             places.append(place)
             bar.advance()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qft.merging.side_files import side_files
+from qft.merging.tensors import described
 from qft.pruning.anatomy import Anatomy, Piece
 from qft.shards import Fingerprint, ShardedCheckpoint
 
@@ -70,6 +71,16 @@ class SparseTensors:
             self.counted["weights"] += tensor.numel()
         self._fingerprint.add_tensor(name, tensor)
         return tensor
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The same in one block."""
+        yield self.read(name)
+
+    def made_from(self) -> list[tuple[str, int, int]]:
+        """See :class:`qft.merging.tensors.TensorSource`."""
+        return described(
+            [*self._checkpoint.files(), *(f for c in self._kept.values() for f in c.files())]
+        )
 
     def fingerprint(self) -> str:
         """Of the pruned model, once all of it was read."""

@@ -140,9 +140,11 @@ class ThrowawayMerge:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._base.shape(name)
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         scale = self._scales.get(name)
-        return tensor if scale is None else tensor.float() * scale[:, None]
+        if scale is None:
+            return rows
+        return rows.float() * scale[start : start + len(rows), None]
 
     def added(self) -> Mapping[str, Tensor]:
         return {}

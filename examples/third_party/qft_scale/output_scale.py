@@ -141,14 +141,14 @@ class OutputScaleMerge:
         """Every tensor keeps its shape."""
         return self._base.shape(name)
 
-    def edit(self, name: str, tensor: Tensor) -> Tensor:
-        """The scaled tensor in float32, or the very same object."""
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """The scaled rows in float32, or the very same object."""
         module, _, kind = name.rpartition(".")
         factor = self._factors.get(module)
         if factor is None:
-            return tensor
-        factor = factor.to(tensor.device)
-        return tensor.float() * (factor[:, None] if kind == "weight" else factor)
+            return rows
+        factor = factor[start : start + len(rows)]
+        return rows.float() * (factor[:, None] if kind == "weight" else factor)
 
     def added(self) -> Mapping[str, Tensor]:
         """Nothing."""
