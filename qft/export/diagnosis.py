@@ -26,7 +26,7 @@ class Finding:
     """Something beside the figures that is wrong.
 
     Attributes:
-        kind: ``tensors``, ``tokens``, ``template`` or ``stops``.
+        kind: ``missing``, ``tensors``, ``tokens``, ``template`` or ``stops``.
         text: what differs.
         fix: what would work.
     """

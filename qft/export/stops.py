@@ -13,7 +13,6 @@ from qft.errors import QftError
 from qft.export.diagnosis import Finding
 from qft.export.subject import Subject
 from qft.lean.model_parts import device_of, is_encoder_decoder
-from qft.models import read_config
 
 _TALKS = ("chat", "instruct")
 _WRITES = ("text", "chat", "instruct", "seq2seq")
@@ -115,13 +114,13 @@ def stand_in(artefact: Subject, rows: int) -> nn.Module:
         vocab_size=rows, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
         num_attention_heads=1, bos_token_id=None, eos_token_id=None,
     ))  # fmt: skip
-    model.generation_config = _generation_config(artefact)
+    model.generation_config = generation_config(artefact)
     return model.eval()  # type: ignore[no-any-return]
 
 
 def _stops(model: nn.Module, token: int, tokenizer: Any) -> bool:
     halves = is_encoder_decoder(model)
-    prompt = [i for i in tokenizer("a b c", verbose=False)["input_ids"]] or [token]
+    prompt = list(tokenizer("a b c", verbose=False)["input_ids"]) or [token]
     ids = torch.tensor([prompt], device=device_of(model))
     begin = 1 if halves else len(prompt)
     other = next(i for i in range(4, 10_000) if i != token)
@@ -141,12 +140,12 @@ def _stops(model: nn.Module, token: int, tokenizer: Any) -> bool:
 
 
 def _settings(subject: Subject) -> dict[str, Any]:
-    found: dict[str, Any] = _generation_config(subject).to_dict()
+    found: dict[str, Any] = generation_config(subject).to_dict()
     return found
 
 
-def _generation_config(subject: Subject) -> Any:
-    """As transformers makes it: of generation_config.json, else of config.json."""
+def generation_config(subject: Subject) -> Any:
+    """A subject's generation settings: generation_config.json, else what config.json says."""
     from transformers import GenerationConfig
 
     file = subject.files().get(_FILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -41,7 +42,8 @@ def _missing(skeleton: nn.Module, names: dict[str, str], folder: Path) -> list[F
     if not lost:
         return []
     config = models.read_config(folder)
-    tie = config.get("tie_word_embeddings", getattr(skeleton.config, "tie_word_embeddings", None))
+    described: Any = skeleton.config
+    tie = config.get("tie_word_embeddings", getattr(described, "tie_word_embeddings", None))
     text = f"{len(lost)} of the model's tensors missing, first {lost[0]}"
     fix = "write the artefact again from base and adapter"
     if any(name.startswith("lm_head.") for name in lost):
@@ -50,7 +52,7 @@ def _missing(skeleton: nn.Module, names: dict[str, str], folder: Path) -> list[F
             "the head was dropped: write the artefact again, or, if its base has tied embeddings, "
             "set tie_word_embeddings: true in config.json"
         )
-    return [Finding("tensors", text, fix)]
+    return [Finding("missing", text, fix)]
 
 
 def _untied(skeleton: nn.Module, names: dict[str, str], artefact: Subject) -> list[Finding]:
@@ -79,10 +81,10 @@ def _same(folder: Path, one: str, other: str) -> bool:
     )
 
 
-def _slice(folder: Path, name: str) -> "safe_open":
+def _slice(folder: Path, name: str) -> Any:
     """A stored tensor, by safetensors' own reader."""
     for file in sorted(folder.glob("*.safetensors")):
-        opened = safe_open(file, framework="pt")
+        opened: Any = safe_open(file, framework="pt")
         if name in opened.keys():  # noqa: SIM118
             return opened.get_slice(name)
     raise ModelError("The folder has no such tensor.", where=folder, found=name)

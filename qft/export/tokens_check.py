@@ -13,9 +13,10 @@ from qft.export.subject import Subject
 
 AWKWARD = (
     "", " ", "  two  spaces ", "\n\n", "\t tab\r\n line", "end ", " begin",
-    "naïve café, Straße", "a\u0301 \u00e1", "漢字かな交じり文。", "🙂👍🏽 👩‍👩‍👧", "zero\u200bwidth \u00a0 nbsp",
-    "0", "0123456789", "3.14159 and 1,000,000", "007 1e-5 x1y2",
-    "don't WON'T I'll", "<s>", "</s>", "<|im_start|>user\nhi<|im_end|>", "<0x41>", "[INST] x [/INST]",
+    "na\u00efve caf\u00e9, Stra\u00dfe", "a\u0301 \u00e1", "zero\u200bwidth \u00a0 nbsp",
+    "\u6f22\u5b57\u304b\u306a", "\U0001f642 \U0001f44d\U0001f3fd \U0001f469\u200d\U0001f467",
+    "0", "0123456789", "3.14159 and 1,000,000", "007 1e-5 x1y2", "don't WON'T I'll",
+    "<s>", "</s>", "<|im_start|>user\nhi<|im_end|>", "<0x41>", "[INST] x [/INST]",
     "def f(x):\n\treturn x**2  # ok", "https://example.org/?q=1&r=%20", "!!!???...",
 )  # fmt: skip
 _USER = {"role": "user", "content": "What is 2 + 2?"}
@@ -30,7 +31,10 @@ CONVERSATIONS: tuple[tuple[str, list[dict[str, str]], bool], ...] = (
                      _USER, _ASSISTANT], False),
     ("two turns, with the generation prompt", [_USER, _ASSISTANT, _USER], True),
 )  # fmt: skip
-_TOKENIZER_FIX = "put the reference's tokenizer files (tokenizer.json, tokenizer_config.json, …) beside the weights"
+_TOKENIZER_FIX = (
+    "put the reference's tokenizer files (tokenizer.json, tokenizer_config.json and the others) "
+    "beside the weights"
+)
 
 
 def check_tokens(reference: Any, artefact: Any, texts: Sequence[str], where: str) -> list[Finding]:
@@ -113,11 +117,13 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> s
         return None
 
 
-def check_inside(reference: Any, artefact: Subject, texts: Sequence[str]) -> tuple[list[Finding], list[str]]:
-    """The tokenizer within a GGUF file: its tables, its template, and what transformers makes of it.
+def check_inside(
+    reference: Any, artefact: Subject, texts: Sequence[str]
+) -> tuple[list[Finding], list[str]]:
+    """The tokenizer within a GGUF file: its tables, its template, what transformers makes of it.
 
-    transformers' converter cuts some texts otherwise than llama.cpp (blanks at the borders, names of
-    special tokens within a text), so what only its reading shows is a note.
+    transformers' converter cuts some texts otherwise than llama.cpp (blanks at the borders, names
+    of special tokens within a text), so what only its reading shows is a note.
 
     Returns:
         What is wrong, and notes.
@@ -165,8 +171,9 @@ def _check_tables(reference: Any, artefact: Subject) -> list[Finding]:
             found.append("the GGUF file merges tokens in another order")
     for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         field = fields.get(f"tokenizer.ggml.{key}_token_id")
-        number, wished = (None if field is None else int(field.contents())), getattr(
-            reference, f"{kind}_token_id"
+        number, wished = (
+            (None if field is None else int(field.contents())),
+            getattr(reference, f"{kind}_token_id"),
         )
         if wished is not None and number != wished:
             found.append(f"the GGUF file says {kind} token {number}, reference {wished}")

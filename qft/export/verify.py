@@ -292,7 +292,9 @@ class _Listener:
         comparison.places += [EMBEDDINGS, *names]
         for keep, stack in zip((True, False), stacks, strict=True):
             first = stack[0][1]
-            self._hooks.append(first.register_forward_pre_hook(self._before(keep), with_kwargs=True))
+            self._hooks.append(
+                first.register_forward_pre_hook(self._before(keep), with_kwargs=True)
+            )
             for place, (_, layer) in enumerate(stack, start=1):
                 self._hooks.append(layer.register_forward_hook(self._after(place, keep)))
 
@@ -329,7 +331,9 @@ class _Listener:
 
 def _named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """All layers in the order data passes them, under the names the plain model gives them."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     return [
         (f"{stack}.{number}", layer)
         for stack, layers in layer_stacks(inner).items()
