@@ -402,6 +402,52 @@ def export_model(
     _print(report, as_json, lambda: print(out))
 
 
+@app.command("verify")
+def verify_model(
+    reference: Annotated[str, typer.Argument(help="What was trained: a run, adapter or model.")],
+    artefact: Annotated[str, typer.Argument(help="What was made of it: a model or GGUF export.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to compare on; a run knows its own.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="As in a recipe, where it is not known.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="Whose thresholds count; else its own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,
+    layer_by_layer: Annotated[
+        bool | None,
+        typer.Option("--layer-by-layer/--whole", help="Else whole, where both models fit."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Else verification.json beside the artefact."),
+    ] = None,
+    base: Base = None,
+    strategy: Named = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check that an artefact still is the model that was trained; exit 5 where it is not."""
+    from qft.export.proof import verify as run
+
+    report = run(
+        reference,
+        artefact,
+        data=data,
+        task=task,
+        format=format,
+        base=base,
+        strategy=strategy,
+        limit=limit,
+        layer_by_layer=layer_by_layer,
+        out=out,
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(report, as_json, lambda: None)
+
+
 _METHODS = "depth, width; magnitude, wanda, sparsegpt set weights to zero."
 
 

@@ -55,7 +55,10 @@ _PLACES = """
     pruning.tables
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
-    export.formats export.verify opening written scoring export.delivery export healing
+    export.formats export.thresholds export.read_back export.diagnosis export.tally
+    export.subject export.tensors_check export.tokens_check export.stops
+    export.answers export.verify export.summary
+    opening written scoring export.proof export.delivery export healing
     demo.docstrings demo.job
     cli
 """

@@ -6,32 +6,28 @@ training saw it*, the artefact is read back from the disk.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from qft import hardware, models
-from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
-from qft.data.tasks import TASKS, ExampleSet, Task, pad_id
+from qft import models
+from qft.adapter_folder import AdapterFolder, locate_adapter
+from qft.data.tasks import ExampleSet
 from qft.errors import RecipeError
 from qft.export.formats import require_known, write_format
-from qft.export.verify import THRESHOLDS, Thresholds, read_back
-from qft.export.verify import verify as compare
+from qft.export.proof import prove, rows_of
+from qft.export.subject import Subject, locate, of_adapter
+from qft.export.verify import FILE
 from qft.files import replace_folder, require_apart
-from qft.held_out import held_out_examples
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
-from qft.progress import QUIET, Bar, Reporter, human_bytes
-from qft.shards import ShardedCheckpoint
+from qft.progress import QUIET, Reporter, human_bytes
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
-_BATCH = 8  # examples a comparison batch
 
 
 def merge(
@@ -71,7 +67,8 @@ def merge(
         )
     found = locate_adapter(source, base=base, strategy=strategy)
     require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
-    rows = _rows(found, Path(source), data, "without --verify") if verify else None
+    reference = of_adapter(found, str(source))
+    rows = _rows(reference, data, "without --verify") if verify else None
     tensors = _open(found, models.DTYPES[dtype] if dtype else None)
     stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
     report: dict[str, Any] = {"out": str(out)}
@@ -85,7 +82,7 @@ def merge(
                      f"{human_bytes(written)} in {target}")  # fmt: skip
         if rows is not None:
             format = _STORED_AS.get(stored, "safetensors:fp32")
-            report["verification"] = _prove(found, rows, format, target, reporter)
+            report["verification"] = _prove(reference, rows, format, target, reporter)
     return report
 
 
@@ -115,19 +112,16 @@ def export(
         QftError: anything else qft can explain; nothing is left half-written.
     """
     require_known(format)
-    path = Path(source)
-    found: AdapterFolder | models.ModelSpec
-    if adapter_in(path) is not None or (path / "checkpoints").is_dir():
-        found = locate_adapter(path, base=base, strategy=strategy)
+    reference = locate(source, base=base, strategy=strategy)
+    if found := reference.adapter:
         require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
         tensors = _open(found, None)
     else:
-        found = _plain_spec(str(source))
-        folder = models.resolve_folder(found.source)
+        folder = reference.folder
         models.check_folder(folder)
         require_apart(Path(out), folder)
-        tensors = open_source(folder, models.open_skeleton(folder, found))
-    rows = _rows(found, path, data, "--no-verify") if verify else None
+        tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
+    rows = _rows(reference, data, "--no-verify") if verify else None
     with _proven_first(Path(out), overwrite and verify) as target:
         with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
             written = write_format(
@@ -139,7 +133,7 @@ def export(
             reporter.say(f"note: {note}")
         report = {**asdict(written), "path": str(Path(out) / written.path.relative_to(target))}
         if rows is not None:
-            report["verification"] = _prove(found, rows, format, written.path, reporter)
+            report["verification"] = _prove(reference, rows, format, written.path, reporter)
     return report
 
 
@@ -172,35 +166,10 @@ def _stored_dtype(tensors: MergedTensors) -> torch.dtype:
     return max((tensors.dtype(name) for name in tensors.names()), key=lambda d: d.itemsize)
 
 
-def _plain_spec(source: str) -> models.ModelSpec:
-    config = models.read_config(models.resolve_folder(source))
-    labels, kind = models.labels_in(config)
-    task = models.task_of(config)
-    has_labels = task in ("classify", "token")
-    return models.ModelSpec(source, task, labels if has_labels else None, kind)
-
-
-def _folder_of(found: AdapterFolder | models.ModelSpec) -> Path:
-    if isinstance(found, AdapterFolder):
-        return found.base
-    return models.resolve_folder(found.source)
-
-
-def _rows(
-    found: AdapterFolder | models.ModelSpec, source: Path, data: str | None, way_out: str
-) -> ExampleSet:
+def _rows(subject: Subject, data: str | None, way_out: str) -> ExampleSet:
     """The rows to compare on, before anything is written."""
-    spec = found.spec() if isinstance(found, AdapterFolder) else found
-    tokenizer = models.open_tokenizer(_folder_of(found))
     try:
-        return held_out_examples(
-            source,
-            tokenizer,
-            task=spec.task,
-            labels=spec.labels,
-            labels_are=spec.labels_are,
-            data=data,
-        )
+        return rows_of(subject, data=data)
     except RecipeError as error:
         raise RecipeError(
             error.what, where=error.where, found=error.found, fix=f"{error.fix}, or {way_out}"
@@ -208,76 +177,9 @@ def _rows(
 
 
 def _prove(
-    found: AdapterFolder | models.ModelSpec,
-    rows: ExampleSet,
-    format: str,
-    artefact: Path,
-    reporter: Reporter,
+    reference: Subject, rows: ExampleSet, format: str, written: Path, reporter: Reporter
 ) -> dict[str, Any]:
     """Compares reference and artefact; writes verification.json; raises past the thresholds."""
-    spec = found.spec() if isinstance(found, AdapterFolder) else found
-    base = _folder_of(found)
-    dtype = _proof_dtype(base)
-    reference = _reference(found, replace(spec, dtype=dtype))
-    task = TASKS[spec.task]
-    pad = pad_id(models.open_tokenizer(base))
-    with reporter.bar("verify", len(rows.examples)) as bar:
-        result = compare(
-            reference,
-            read_back(artefact, dtype=dtype),
-            _batches(rows, task, pad, bar),
-            format=format,
-            thresholds=_limits(format, spec.quantize, dtype),
-        )
-    result.write(artefact if artefact.is_dir() else artefact.parent)
-    reporter.say(
-        f"verified on {result.positions} predictions: mean KL {result.mean_kl:.2g} nats, "
-        f"same first choice in {result.top1:.1%}"
-        + (f", perplexity {result.perplexity:.2f} against {result.perplexity_reference:.2f}"
-           if result.perplexity is not None and result.perplexity_reference is not None else "")
-    )  # fmt: skip
-    result.check()
-    return result.to_dict()
-
-
-def _batches(rows: ExampleSet, task: Task, pad: int, bar: Bar) -> Iterator[dict[str, Tensor]]:
-    for start in range(0, len(rows.examples), _BATCH):
-        part = rows.examples[start : start + _BATCH]
-        yield task.collate(part, pad)
-        bar.advance(len(part))
-
-
-def _reference(found: AdapterFolder | models.ModelSpec, spec: models.ModelSpec) -> nn.Module:
-    """The model the artefact must equal: an adapter's base is quantized as training saw it."""
-    if isinstance(found, AdapterFolder):
-        return open_adapter_model(found, spec)
-    return models.open_model(models.resolve_folder(found.source), spec)
-
-
-def _proof_dtype(base: Path) -> torch.dtype:
-    """float32 where two such models fit, so that only the format's own rounding is measured."""
-    checkpoint = ShardedCheckpoint(base)
-    values = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    checkpoint.close()
-    free = hardware.free_memory_bytes(hardware.choose().device)
-    return torch.float32 if free is None or 2 * 4 * values < free / 2 else torch.bfloat16
-
-
-def _limits(format: str, quantize: str, dtype: torch.dtype) -> Thresholds:
-    """The format's thresholds, widened by what rounds the reference itself.
-
-    An artefact is made from the original base; a reference on a quantized one is the one that is
-    rounded, and differs from it by as much as an export to that quantization may.
-    """
-    causes = [format]
-    if quantize != "none":
-        causes.append("bnb:int8" if quantize == "int8" else "bnb:nf4")
-    if dtype != torch.float32:
-        causes.append("safetensors:bf16")
-    limits = [THRESHOLDS[cause] for cause in causes]
-    return Thresholds(
-        mean_kl=max(limit.mean_kl for limit in limits),
-        p99_kl=max(limit.p99_kl for limit in limits),
-        top1=min(limit.top1 for limit in limits),
-        perplexity_ratio=max(limit.perplexity_ratio for limit in limits),
-    )
+    artefact = locate(written, task=reference.spec.task)
+    file = artefact.home / FILE
+    return prove(reference, artefact, rows, format=format, file=file, reporter=reporter)
