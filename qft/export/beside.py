@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from qft import models
-from qft.adapter_folder import BESIDE, AdapterFolder, locate_adapter, open_adapter_model
+from qft.adapter_folder import BESIDE, AdapterFolder, locate_adapter
 from qft.card import write_card
+from qft.export.subject import Subject
 from qft.files import new_folder, read_json, require_disk, write_json
 from qft.merging.merge import Progress
 from qft.merging.side_files import side_files
@@ -89,24 +90,26 @@ def _copy(source: Path, target: Path, progress: Progress | None) -> None:
     target.chmod(_MODE)
 
 
-def is_beside(folder: Path) -> bool:
-    """Whether a folder holds a base and an adapter beside it."""
-    return (folder / "base" / "config.json").is_file() and (folder / "adapter").is_dir()
+class BesideSubject(Subject):
+    """Base and adapter, opened as a user of plain transformers and PEFT opens them."""
+
+    def open(self, dtype: torch.dtype) -> nn.Module:
+        """The model in eval mode.
+
+        What PEFT cannot read (freed layers, a head) or runs otherwise is opened by its strategy.
+        """
+        found = self.adapter
+        assert found is not None
+        if not (found.strategy.mergeable and (found.folder / _PEFT_CONFIG).is_file()):
+            return super().open(dtype)
+        from peft import PeftModel
+
+        model: Any = models.open_model(found.base, found.spec(dtype=dtype))
+        opened: nn.Module = PeftModel.from_pretrained(model, str(found.folder))
+        return opened.eval().requires_grad_(False)
 
 
-def read_back_beside(
-    folder: Path, *, dtype: torch.dtype | None = None, strategy: str | None = None
-) -> nn.Module:
-    """Opens such a folder as a user of plain transformers and PEFT does, in eval mode.
-
-    What PEFT cannot read (freed layers, a head) or runs otherwise is opened by its strategy.
-    """
+def locate_beside(folder: Path, strategy: str | None) -> BesideSubject:
+    """The two parts in one folder, located."""
     found = locate_adapter(folder, strategy=strategy)
-    spec = found.spec(**({} if dtype is None else {"dtype": dtype}))
-    if not (found.strategy.mergeable and (found.folder / _PEFT_CONFIG).is_file()):
-        return open_adapter_model(found, spec)
-    from peft import PeftModel
-
-    model: Any = models.open_model(found.base, spec)
-    opened: nn.Module = PeftModel.from_pretrained(model, str(found.folder))
-    return opened.eval().requires_grad_(False)
+    return BesideSubject(str(folder), found.base, found.spec(), found)

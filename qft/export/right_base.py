@@ -22,10 +22,11 @@ from qft.data.tasks import TASKS, ExampleSet, pad_id
 from qft.errors import ModelError, RecipeError
 from qft.evaluation import evaluate
 from qft.merging.rounded_base import Rounding, layers_of
-from qft.progress import Reporter
+from qft.progress import QUIET, Reporter
 from qft.shards import ShardedCheckpoint
 
 WORDS = ("auto", "dequantized", "original")
+BESIDE = "beside"  # not merged at all: see qft.export.beside
 _UNMEASURED = "original"  # what `auto` takes where nothing can be measured; see docs/merging.md
 _JUDGED_ROWS = 256  # held-out rows that the two bases are compared on at most
 
@@ -35,7 +36,7 @@ class BaseChoice:
     """The base that was taken.
 
     Attributes:
-        onto: ``original`` or ``dequantized``.
+        onto: ``original``, ``dequantized`` or ``beside``.
         why: a sentence.
         loss: of the unmerged adapter on each base, where it was measured.
         rows: how many held-out rows that was measured on.
@@ -121,6 +122,74 @@ def choose_base(
     return _measure(found, rows, reporter)
 
 
+def choose_for_bnb(found: AdapterFolder, kind: str, onto: str, fuse: bool) -> BaseChoice:
+    """The base of an export to ``bnb:<kind>``.
+
+    A change that is quantized together with the original weights survives; put upon dequantized
+    ones, which sit on the grid already, it snaps back. So the original is quantized with the change
+    where it is at hand; else the quantized base stays as it is, with the adapter beside it.
+
+    Args:
+        fuse: quantize the dequantized base with the change in it all the same.
+
+    Raises:
+        ModelError: the base is stored quantized in another way than ``kind``.
+        RecipeError: what is asked for contradicts itself.
+    """
+    require_word(onto)
+    if fuse:
+        if onto == "original":
+            raise RecipeError("--fuse puts the adapter upon the dequantized base.",
+                              where="--fuse", found="--base original",
+                              fix="leave one of them out")  # fmt: skip
+        choice = choose_base(found, "dequantized", None, QUIET)
+        return replace(choice, why="--fuse: the dequantized base is quantized again")
+    if not is_stored_quantized(found.base):
+        if onto == "dequantized":
+            raise RecipeError(
+                "Quantizing what was dequantized rounds the adapter away.",
+                where="--base dequantized",
+                fix="--base original; or --fuse, which does it and says what it costs",
+            )
+        return BaseChoice("original", "original and change are quantized together")
+    held = trained_on(found)
+    if onto == "original":
+        return choose_base(found, onto, None, QUIET)  # says what is missing
+    if held != kind:
+        raise ModelError(
+            "The base is stored quantized in another way, and the original one is not at hand.",
+            where=found.base,
+            found=f"stored {held}, asked for {kind}",
+            fix=f"--format bnb:{held} keeps it, with the adapter beside it; or name the "
+            "unquantized model: --base ORIGINAL; or --fuse, which rounds twice",
+        )
+    return BaseChoice(BESIDE, "only the quantized base is here: it stays byte for byte as it is, "
+                      "with the adapter beside it")  # fmt: skip
+
+
+def choose_plain(folder: Path, format: str, onto: str, fuse: bool) -> BaseChoice | None:
+    """How a model without an adapter is exported; None is as it is stored.
+
+    Raises:
+        ModelError: the model is stored quantized, and what is asked for needs its original.
+        RecipeError: there is no adapter that a dequantized base could be for.
+    """
+    if not is_stored_quantized(folder):
+        if onto == "dequantized" or fuse:
+            raise RecipeError("The model is not quantized, and there is no adapter.",
+                              where="--fuse" if fuse else "--base dequantized", found=folder,
+                              fix="leave it out")  # fmt: skip
+        return None
+    if onto == "original" or format.startswith("bnb:"):
+        raise ModelError(
+            "The model is stored quantized; quantizing it again would round it twice.",
+            where=folder,
+            found=f"quantization_config: {models.held_as(models.read_config(folder), 'none')}",
+            fix="export the unquantized model",
+        )
+    return BaseChoice("dequantized", "the model is stored quantized")
+
+
 def _measure(found: AdapterFolder, rows: ExampleSet | None, reporter: Reporter) -> BaseChoice:
     if rows is None:
         return BaseChoice(_UNMEASURED, "not measured: no held-out rows; --data FILE gives some")
@@ -188,7 +257,7 @@ def _weights(base: Path) -> int:
         return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
-def names_of(values: Sequence[str]) -> tuple[str | None, str]:
+def place_and_word(values: Sequence[str]) -> tuple[str | None, str]:
     """What ``--base`` says, once or twice: a place (or None) and one of WORDS.
 
     Raises:
@@ -197,6 +266,10 @@ def names_of(values: Sequence[str]) -> tuple[str | None, str]:
     words = [value for value in values if value in WORDS]
     places = [value for value in values if value not in WORDS]
     if len(words) > 1 or len(places) > 1:
-        raise RecipeError("--base takes one place and one word.", where="--base",
-                          found=", ".join(values), fix=f"FOLDER_OR_HUB_ID, {', '.join(WORDS)}")  # fmt: skip
+        raise RecipeError(
+            "--base takes one place and one word.",
+            where="--base",
+            found=", ".join(values),
+            fix=f"FOLDER_OR_HUB_ID, {', '.join(WORDS)}",
+        )
     return (places[0] if places else None), (words[0] if words else "auto")

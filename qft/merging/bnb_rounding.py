@@ -97,7 +97,7 @@ def round_scales(scales: Tensor) -> Scales:
 
     offset = scales.mean()
     codes, state = functional.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
-    values = functional.dequantize_blockwise(codes, state)
+    values: Tensor = functional.dequantize_blockwise(codes, state)
     values += offset
     return Scales(codes, state.absmax, state.code, offset, values)
 
@@ -106,6 +106,7 @@ def pack_rows(rows: Tensor, kind: str) -> Tensor:
     """Rows in 4 bits, two weights a byte: ``[bytes, 1]``."""
     import bitsandbytes.functional as functional
 
+    packed: Tensor
     packed, _ = functional.quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type=kind)
     return packed
 

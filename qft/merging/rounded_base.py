@@ -133,8 +133,8 @@ class DequantizedBase:
             return self._transposed(name)[list(rows)]
         if isinstance(rows, range) and rows.step == 1:
             return torch.cat([*self._dequantized(name, rows)])
-        return torch.cat([*self._dequantized(name, range(0)),
-                          *(self.read_rows(name, range(row, row + 1)) for row in rows)])  # fmt: skip
+        single = [self.read_rows(name, range(row, row + 1)) for row in rows]
+        return torch.cat([*self._dequantized(name, range(0)), *single])
 
     def read_columns(self, name: str, columns: range) -> Tensor:
         """Neighbouring columns of a matrix, ``[rows, len(columns)]``."""

@@ -68,8 +68,8 @@ class StoredQuantizedBase(DequantizedBase):
     def __init__(
         self, checkpoint: ShardedCheckpoint, config: Mapping[str, Any], transposed: frozenset[str]
     ) -> None:
-        names = set(checkpoint.names())
-        states = dict(n.split(_STATE) for n in names if _STATE in n)
+        names = self._held = set(checkpoint.names())
+        states = dict(n.rsplit(_STATE, 1) for n in names if _STATE in n)
         int8 = {
             name
             for name in names
@@ -154,7 +154,7 @@ class StoredQuantizedBase(DequantizedBase):
     def _require_part(
         self, name: str, part: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> None:
-        if part not in self._checkpoint.names():
+        if part not in self._held:
             raise self._broken(name, f"no {part}")
         found = self._checkpoint.shape(part), self._checkpoint.dtype(part)
         if found != (shape, dtype):
@@ -207,7 +207,7 @@ class StoredQuantizedBase(DequantizedBase):
             blocksize=block,
             dtype=torch.float32,
         )
-        values = functional.dequantize_blockwise(scales, nested)
+        values: Tensor = functional.dequantize_blockwise(scales, nested)
         values += torch.tensor(offset)
         return values
 
