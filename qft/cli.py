@@ -387,7 +387,9 @@ def export_model(
     base: Bases = None,
     fuse: Annotated[
         bool,
-        typer.Option("--fuse", help="bnb: quantize the dequantized base again; says what it costs."),
+        typer.Option(
+            "--fuse", help="bnb: quantize the dequantized base again; says what it costs."
+        ),
     ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Open the result and compare it.")

@@ -121,6 +121,9 @@ def unpack_rows(
 ) -> Tensor:
     """What 4-bit rows stand for.
 
+    They are handed over as one long row: for matrices whose rows are a multiple of 16 and not of 64
+    weights, bitsandbytes 0.50.2 takes the wrong scales on a CPU with AVX512.
+
     Args:
         packed: uint8.
         scales: float32, of their groups.
@@ -130,8 +133,9 @@ def unpack_rows(
     import bitsandbytes.functional  # noqa: F401  registers the operation
 
     operation: Any = torch.ops.bitsandbytes.dequantize_4bit.default
-    full: Tensor = operation(packed.reshape(-1, 1), scales, block, kind, shape, dtype)
-    return full
+    count = shape[0] * shape[1]
+    full: Tensor = operation(packed.reshape(-1, 1), scales, block, kind, (count,), dtype)
+    return full.view(shape)
 
 
 def groups(part: range, width: int, block: int = BLOCK) -> slice:
