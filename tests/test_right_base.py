@@ -22,6 +22,7 @@ from qft import models, quantization
 from qft.card import make_card, write_card
 from qft.errors import ModelError, RecipeError
 from qft.export.right_base import place_and_word
+from qft.merging.bnb_rounding import unpack_rows
 from qft.merging.merge import open_source
 from qft.merging.rounded_base import RoundedBase, Rounding, layers_of
 from qft.models import ModelSpec, fingerprint
@@ -157,10 +158,9 @@ def test_what_transformers_has_saved_quantized_reads_as_it_loads(
     expected = turned(dequantized(model), base)
     model.save_pretrained(tmp_path / "stored", max_shard_size="30KB")
     source = open_source(tmp_path / "stored", skeleton_of(tmp_path / "stored"))
-    plain = {n: t for n, t in AutoModelForCausalLM.from_pretrained(base).state_dict().items()}
-    assert {source.module(n) for n in source.names()} == plain.keys() - {"lm_head.weight"} or {
-        source.module(n) for n in source.names()
-    } == plain.keys()
+    plain = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    tied = {"lm_head.weight"} if make is gpt2 else set()
+    assert {source.module(n) for n in source.names()} - tied == plain.keys() - tied
     for name in source.names():
         module = source.module(name)
         value = expected.get(module, plain[module]).to(source.dtype(name))
@@ -214,6 +214,18 @@ def test_other_quantizers_stay_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot be undone") as caught:
         open_source(base, nn.Module())
     assert "--base ORIGINAL" in caught.value.text()
+
+
+def test_where_the_cpu_kernel_takes_the_wrong_scales(small_blocks):
+    """Rows of 96 weights: each weight is its code's value times its own group's scale."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 96)
+    packed, quantized = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes = torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).reshape(-1)
+    values = functional.get_4bit_type("nf4", device="cpu")[codes.int()]
+    expected = (values.view(-1, 64) * quantized.absmax[:, None]).reshape(weight.shape)
+    found = unpack_rows(packed, quantized.absmax, "nf4", (64, 96), torch.float32)
+    assert torch.equal(found, expected)
 
 
 # --- adapters on quantized bases
@@ -285,9 +297,12 @@ def lost_updates(base: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for name, value in rounded.items():
         lost = original[name].float() - value.float()
         up, sizes, down = torch.linalg.svd(lost, full_matrices=False)
-        rank = 24
-        root = sizes[:rank].sqrt()
-        found[name] = (up[:, :rank] * root, root[:, None] * down[:rank])
+        root = sizes.sqrt()
+        short = 40 - len(root)
+        found[name] = (
+            nn.functional.pad(up * root, (0, short)),
+            nn.functional.pad(root[:, None] * down, (0, 0, 0, short)),
+        )
     return found
 
 
@@ -317,7 +332,7 @@ def test_auto_takes_what_measures_better(base, rows, tmp_path, capsys):
         found = report["base"]
         assert found["onto"] == expected
         assert found["loss"][expected] == min(found["loss"].values())
-        assert found["rows"] == 24
+        assert found["rows"] > 0
         printed = capsys.readouterr().out
         assert f"base: {expected} (loss of the unmerged adapter: " in printed
         for name, loss in found["loss"].items():
@@ -329,7 +344,7 @@ def test_auto_takes_what_measures_better(base, rows, tmp_path, capsys):
     original = load_file(base / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     rounded = dequantized(loaded(base, "nf4", torch.float32))[name]
-    assert (merged[name] - original[name]).norm() < 0.5 * (rounded - original[name]).norm()
+    assert (merged[name] - original[name]).norm() < 1e-3 * (rounded - original[name]).norm()
 
 
 def test_without_rows_auto_says_so(base, tmp_path):
