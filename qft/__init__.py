@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qft.distillation.teach import teach
     from qft.errors import QftError
     from qft.export.delivery import merge
+    from qft.export.proof import verify
     from qft.healing import heal
     from qft.opening import open_any
     from qft.preparation import prepare, unprepare
@@ -39,6 +40,7 @@ _HOMES = {
     "teach": "qft.distillation.teach",
     "train": "qft.training",
     "unprepare": "qft.preparation",
+    "verify": "qft.export.proof",
 }
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "teach",
     "train",
     "unprepare",
+    "verify",
 ]
 
 

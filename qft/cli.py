@@ -31,6 +31,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out
 Base = Annotated[
     str | None, typer.Option("--base", help="The base model, if it is not where it was.")
 ]
+Bases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base",
+        help="The base model, if it is not where it was; and, of an adapter trained on a quantized "
+        "one, what to merge into: auto, dequantized or original. May be given twice.",
+    ),
+]
 Named = Annotated[
     str | None,
     typer.Option("--strategy", help="A third party's strategy; its code is imported."),
@@ -336,7 +344,7 @@ def chat(
 def merge(
     source: Annotated[str, typer.Argument(help="A run, a checkpoint or an adapter folder.")],
     out: Out,
-    base: Base = None,
+    base: Bases = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; else the base's own.")
     ] = None,
@@ -353,11 +361,14 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, streamed tensor by tensor."""
     from qft.export.delivery import merge as run
+    from qft.export.right_base import place_and_word
 
+    place, onto = place_and_word(base or [])
     report = run(
         source,
         out,
-        base=base,
+        base=place,
+        onto=onto,
         dtype=dtype,
         verify=verify,
         data=data,
@@ -373,7 +384,13 @@ def export_model(
     source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
     out: Out,
     format: Annotated[str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")],
-    base: Base = None,
+    base: Bases = None,
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse", help="bnb: quantize the dequantized base again; says what it costs."
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Open the result and compare it.")
     ] = True,
@@ -387,12 +404,16 @@ def export_model(
 ) -> None:
     """Write a small model for another runtime, and check that it still works."""
     from qft.export.delivery import export as run
+    from qft.export.right_base import place_and_word
 
+    place, onto = place_and_word(base or [])
     report = run(
         source,
         out,
         format=format,
-        base=base,
+        base=place,
+        onto=onto,
+        fuse=fuse,
         verify=verify,
         data=data,
         strategy=strategy,
@@ -400,6 +421,52 @@ def export_model(
         reporter=_reporter(quiet, as_json),
     )
     _print(report, as_json, lambda: print(out))
+
+
+@app.command("verify")
+def verify_model(
+    reference: Annotated[str, typer.Argument(help="What was trained: a run, adapter or model.")],
+    artefact: Annotated[str, typer.Argument(help="What was made of it: a model or GGUF export.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Rows to compare on; a run knows its own.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="As in a recipe, where it is not known.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="Whose thresholds count; else its own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only this many rows.")] = None,
+    layer_by_layer: Annotated[
+        bool | None,
+        typer.Option("--layer-by-layer/--whole", help="Else whole, where both models fit."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Else verification.json beside the artefact."),
+    ] = None,
+    base: Bases = None,
+    strategy: Named = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Check that an artefact still is the model that was trained; exit 5 where it is not."""
+    from qft.export.proof import verify as run
+
+    report = run(
+        reference,
+        artefact,
+        data=data,
+        task=task,
+        format=format,
+        base=base,
+        strategy=strategy,
+        limit=limit,
+        layer_by_layer=layer_by_layer,
+        out=out,
+        reporter=_reporter(quiet, as_json),
+    )
+    _print(report, as_json, lambda: None)
 
 
 _METHODS = "depth, width; magnitude, wanda, sparsegpt set weights to zero."

@@ -73,7 +73,7 @@ def evaluate(
         raise ValueError("no examples to evaluate")
     # Like lengths together, for little padding. The batches depend on the examples alone.
     ordered = sorted(examples, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
-    judge = _judge(task, labels)
+    judge = judge_of(task, labels)
     device = device_of(model)
     start = 0
     with evaluating(model):
@@ -101,7 +101,8 @@ def evaluate(
     return judge.result(ordered)
 
 
-def _judge(task: Task, labels: Sequence[str] | None) -> Judge:
+def judge_of(task: Task, labels: Sequence[str] | None) -> Judge:
+    """Who judges the answers to a task, by what it predicts."""
     match task.predicts:
         case "class":
             return ClassJudge(labels)

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from qft import models
 from qft.errors import ModelError, VerificationError
 from qft.export.formats import FORMATS, write_format
-from qft.export.verify import FILE, THRESHOLDS, Thresholds, read_back, verify
+from qft.export.read_back import read_back
+from qft.export.thresholds import THRESHOLDS, Thresholds
+from qft.export.verify import FILE, verify
 from qft.merging.merge import open_source
 
 torch.set_num_threads(1)

@@ -1,62 +1,32 @@
-"""Does the artefact still know what training taught? Its logits against the reference's, measured.
+"""Does the artefact still know what training taught? Its answers against the reference's, measured.
 
-The artefact is opened by another program's reader (transformers' own GGUF loader, its own
-quantized loading), so that a mistake of the writer cannot be undone by the same mistake in reading.
+Both models are in memory here; `qft.export.layerwise` compares two that do not fit together.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qft import models, quantization
-from qft.errors import ModelError, VerificationError
+from qft import quantization
+from qft.data.tasks import Example, Task
+from qft.errors import VerificationError
+from qft.evaluation import judge_of
+from qft.export.answers import comparable, inputs_of, judge_output
+from qft.export.diagnosis import EMBEDDINGS, HEAD, Finding, advice
+from qft.export.tally import LayerTally, LogitTally, first_diverging
+from qft.export.thresholds import Thresholds, thresholds_of
 from qft.files import write_json
-from qft.lean.model_parts import device_of, writes_text
+from qft.judging.judge import Judge
+from qft.lean.model_parts import device_of, layer_stacks
 
 FILE = "verification.json"
 _ROWS = 4  # rows a forward pass: their logits are what is held
-_POSITIONS = 512  # positions compared at a time: [512, vocabulary] in float32, a few times
-_IGNORED = -100
-_FAR_BELOW = -1e4  # a logit that softmax makes nothing of, and that differs from itself by 0
-
-
-@dataclass(frozen=True)
-class Thresholds:
-    """What a format may lose at most.
-
-    Attributes:
-        mean_kl: mean Kullback-Leibler divergence from the reference, in nats a position.
-        p99_kl: its 99th percentile.
-        top1: the least share of positions where both find the same token (or class) likeliest.
-        perplexity_ratio: artefact's over reference's perplexity, at most.
-    """
-
-    mean_kl: float
-    p99_kl: float
-    top1: float
-    perplexity_ratio: float
-
-
-# About ten times what the formats cost on small trained models (they suffer most from rounding);
-# a transposed, swapped or missing tensor costs hundreds of times as much.
-THRESHOLDS = {
-    "gguf:f32": Thresholds(1e-5, 1e-4, 0.999, 1.001),
-    "gguf:f16": Thresholds(1e-3, 1e-2, 0.98, 1.01),
-    "gguf:bf16": Thresholds(5e-3, 5e-2, 0.95, 1.02),
-    "gguf:q8_0": Thresholds(1e-2, 1e-1, 0.95, 1.02),
-    "bnb:int8": Thresholds(3e-2, 3e-1, 0.90, 1.05),
-    "bnb:nf4": Thresholds(0.15, 1.5, 0.75, 1.15),
-    "safetensors:fp32": Thresholds(1e-5, 1e-4, 0.999, 1.001),
-    "safetensors:fp16": Thresholds(1e-3, 1e-2, 0.98, 1.01),
-    "safetensors:bf16": Thresholds(5e-3, 5e-2, 0.95, 1.02),
-}
 
 
 @dataclass(frozen=True)
@@ -73,6 +43,13 @@ class Verification:
         perplexity: the artefact's.
         max_difference: the largest absolute difference of two logits.
         thresholds: what was allowed.
+        metrics_reference: in the measures of the task; empty without labels.
+        metrics: the artefact's.
+        layers: mean relative difference of the hidden states, by where in the model.
+        first_diverging_layer: where they first differ by more than the format's rounding:
+            ``embeddings``, a layer's name, ``head``; None where nothing diverges.
+        findings: what else differs: tensors, tokens, template, stop tokens.
+        notes: what a person should know, a sentence each.
     """
 
     format: str
@@ -84,8 +61,14 @@ class Verification:
     perplexity: float | None
     max_difference: float
     thresholds: Thresholds
+    metrics_reference: Mapping[str, float]
+    metrics: Mapping[str, float]
+    layers: Mapping[str, float]
+    first_diverging_layer: str | None
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
 
-    def problems(self) -> list[str]:
+    def past(self) -> list[str]:
         """Every figure past its threshold, a phrase each; NaN is past every one."""
         limits = self.thresholds
         found = []
@@ -95,23 +78,38 @@ class Verification:
             found.append(f"99th percentile of KL {self.p99_kl:.4g}, allowed {limits.p99_kl:g}")
         if not self.top1 >= limits.top1:
             found.append(f"same first choice in {self.top1:.2%}, wanted {limits.top1:.1%}")
-        if self.perplexity is not None and self.perplexity_reference is not None:
-            ratio = self.perplexity / self.perplexity_reference
-            if not ratio <= limits.perplexity_ratio:
-                found.append(f"perplexity {self.perplexity:.4g} against "
-                             f"{self.perplexity_reference:.4g}")  # fmt: skip
+        ratio = self.perplexity_ratio
+        if ratio is not None and not ratio <= limits.perplexity_ratio:
+            found.append(f"perplexity {self.perplexity:.4g} against "
+                         f"{self.perplexity_reference:.4g}")  # fmt: skip
         return found
 
-    def check(self) -> None:
-        """Raises VerificationError (exit code 5) where a figure is past its threshold."""
-        found = self.problems()
-        if found:
-            raise VerificationError(
-                f"The exported model ({self.format}) is too far from what was trained.",
-                found="; ".join(found),
-                fix=_ADVICE.get(self.format, "export again from the original base and adapter; "
-                                "if it persists, choose a format with more bits"),
-            )  # fmt: skip
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The artefact's over the reference's."""
+        if self.perplexity is None or self.perplexity_reference is None:
+            return None
+        return self.perplexity / self.perplexity_reference
+
+    def problems(self) -> list[str]:
+        """All that is wrong, a phrase each."""
+        return [*self.past(), *(finding.text for finding in self.findings)]
+
+    def check(self, where: Path | None = None) -> None:
+        """Raises VerificationError (exit code 5) where anything is wrong, with advice."""
+        if not self.problems():
+            return
+        found = "; ".join(self.problems())
+        if self.past():
+            place = self.first_diverging_layer
+            found += f"; first diverging: {place}" if place else "; no layer diverges by itself"
+        raise VerificationError(
+            f"The artefact ({self.format}) is not the model that was trained.",
+            where=where,
+            found=found,
+            fix=advice(self.format, bool(self.past()), self.first_diverging_layer,
+                       list(self.layers), self.findings),
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, with the verdict."""
@@ -122,232 +120,222 @@ class Verification:
         write_json(folder / FILE, self.to_dict())
 
 
-_ADVICE = {
-    "bnb:nf4": "export to bnb:int8 or gguf:q8_0, which round less",
-    "bnb:int8": "export to gguf:q8_0 or safetensors:bf16, which round less",
-    "gguf:q8_0": "export to gguf:f16, which rounds less",
-    "gguf:f16": "export to gguf:bf16 or gguf:f32",
-}
+@dataclass(frozen=True)
+class Rows:
+    """Held-out rows and who judges answers to them.
+
+    Attributes:
+        examples: of one task.
+        task: says what a label is.
+        pad_token_id: to fill up with.
+        labels: the classes or tags in order.
+    """
+
+    examples: Sequence[Example]
+    task: Task
+    pad_token_id: int
+    labels: Sequence[str] | None = None
+
+    def batches(self) -> Iterator[tuple[dict[str, Tensor], Sequence[Example]]]:
+        """Collated, a few rows at a time, like lengths together."""
+        ordered = sorted(self.examples, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
+        for begin in range(0, len(ordered), _ROWS):
+            part = ordered[begin : begin + _ROWS]
+            yield self.task.collate(part, self.pad_token_id), part
+
+
+class Comparison:
+    """Takes in what both models say, and makes the verdict of it.
+
+    Args:
+        rows: who judges; None where there are batches without examples.
+    """
+
+    def __init__(self, rows: Rows | None = None) -> None:
+        self.logits, self.layers = LogitTally(), LayerTally()
+        self.places: list[str] = []  # names of where hidden states are compared
+        self._rows = rows
+        self._judges: tuple[Judge, ...] = ()
+        if rows is not None and rows.task.predicts != "tokens":
+            self._judges = tuple(judge_of(rows.task, rows.labels) for _ in range(2))
+
+    def judge(
+        self, outputs: Sequence[Any], batch: Mapping[str, Tensor], examples: Sequence[Example]
+    ) -> None:
+        """Scores both answers in the measures of the task; tokens are counted by the tally."""
+        for judge, output in zip(self._judges, outputs, strict=bool(self._judges)):
+            judge_output(judge, output, batch, examples)
+
+    def result(
+        self, format: str, thresholds: Thresholds, notes: Sequence[str] = ()
+    ) -> Verification:
+        """The figures.
+
+        Raises:
+            VerificationError: there was nothing to compare.
+        """
+        count, mean, p99 = self.logits.divergence()
+        perplexities = self.logits.perplexities()
+        differences = self.layers.differences()
+        found = Verification(
+            format=format,
+            positions=count,
+            mean_kl=mean,
+            p99_kl=p99,
+            top1=self.logits.top1(),
+            perplexity_reference=perplexities[0],
+            perplexity=perplexities[1],
+            max_difference=self.logits.largest,
+            thresholds=thresholds,
+            metrics_reference=self._metrics(0),
+            metrics=self._metrics(1),
+            layers=dict(zip(self.places, differences, strict=False)),
+            first_diverging_layer=first_diverging(differences, thresholds.layer, self.places),
+            notes=tuple(notes),
+        )
+        if _only_the_head(found):
+            return replace(found, first_diverging_layer=HEAD)
+        return found
+
+    def _metrics(self, side: int) -> dict[str, float]:
+        if self._judges and self._rows is not None:
+            return self._judges[side].result(self._rows.examples)
+        accuracy = self.logits.accuracies()[side]
+        return {} if accuracy is None else {"token_accuracy": accuracy}
+
+
+def _only_the_head(found: Verification) -> bool:
+    """Whether the layers agree and the answers are far apart all the same."""
+    limit = found.thresholds
+    return (
+        bool(found.layers)
+        and max(found.layers.values()) <= limit.layer / 2
+        and not found.mean_kl <= 10 * limit.mean_kl
+    )
 
 
 def verify(
     reference: nn.Module,
     artefact: nn.Module,
-    batches: Iterable[Mapping[str, Tensor]],
+    batches: Iterable[Mapping[str, Tensor]] | Rows,
     *,
     format: str,
     thresholds: Thresholds | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Verification:
     """Compares two models' predictions over held-out rows; both are put in eval mode.
 
     Args:
         reference: what was trained (base and adapter, or the merged model).
-        artefact: what :func:`read_back` opened.
-        batches: ``input_ids`` [batch, length], ``attention_mask``, and ``labels`` where there are
-            any: a language model is then compared only where the labels ask for a token.
+        artefact: what :func:`qft.export.read_back.read_back` opened.
+        batches: held-out rows; or batches of ``input_ids`` [batch, length], ``attention_mask``,
+            and ``labels`` where there are any: a language model is then compared only where the
+            labels ask for a token.
         format: a key of THRESHOLDS.
         thresholds: instead of the format's own.
+        progress: called with the number of rows just done.
 
     Raises:
         VerificationError: there is nothing to compare, or the two models' outputs differ in shape.
     """
-    for model in (reference, artefact):
+    models = (reference, artefact)
+    for model in models:
         quantization.guard_cpu_kernels(model)
         model.eval()
-    tally = _Tally()
-    for batch in batches:
-        for rows in _split_rows(batch):
-            tally.add(*_predictions(reference, artefact, rows))
-    return tally.result(format, thresholds or THRESHOLDS[format])
-
-
-def _split_rows(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    for begin in range(0, batch["input_ids"].shape[0], _ROWS):
-        yield {key: value[begin : begin + _ROWS] for key, value in batch.items()}
-
-
-@torch.no_grad()
-def _predictions(
-    reference: nn.Module, artefact: nn.Module, rows: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Both models' logits ``[positions, choices]`` and the labels ``[positions]``, on the CPU."""
-    labels = rows.get("labels")
-    two_halves = _has_decoder(reference) and writes_text(reference)
-    places = ("start_positions", "end_positions")
-    left_out = places if two_halves else (*places, "labels")
-    inputs = {key: value for key, value in rows.items() if key not in left_out}
-    first, second = (
-        _logits(model(**{k: v.to(_device(model)) for k, v in inputs.items()}), inputs)
-        for model in (reference, artefact)
-    )
-    if first.shape != second.shape:
-        raise VerificationError(
-            "The artefact's predictions have another shape than the reference's.",
-            found=f"{tuple(second.shape)}, reference {tuple(first.shape)}",
-        )
-    if places[0] in rows:  # two predictions a row
-        return first, second, torch.cat([rows[name] for name in places])
-    if first.dim() == 2 and labels is not None and labels.is_floating_point():
-        return (*_as_choices(first, second), None)
-    if first.dim() == 2:  # a classifier: one prediction a row
-        return first, second, labels
-    if labels is not None and (two_halves or hasattr(reference, "num_labels")):  # unshifted
-        kept = labels != _IGNORED
-        return first[kept], second[kept], labels[kept]
-    if labels is not None:
-        targets = labels[:, 1:]
-        kept = targets != _IGNORED
-    else:
-        targets = rows["input_ids"][:, 1:]
-        mask = rows.get("attention_mask")
-        kept = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask[:, 1:].bool()
-    return first[:, :-1][kept], second[:, :-1][kept], targets[kept]
-
-
-def _logits(output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a model answers, on the CPU; a reader of spans: starts above ends, padding left out."""
-    if not hasattr(output, "start_logits"):
-        return cast(Tensor, output.logits.cpu())
-    hidden = inputs["attention_mask"].cpu() == 0
-    sides = [side.float().cpu() for side in (output.start_logits, output.end_logits)]
-    return torch.cat([side.masked_fill(hidden, _FAR_BELOW) for side in sides])
-
-
-def _as_choices(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Several classes a row are as many yes-or-no choices; a number is above or below the mean."""
-    if first.shape[1] == 1:
-        first, second = first.float(), second.float()
-        spread = first.std() if len(first) > 1 and first.std() > 0 else torch.tensor(1.0)
-        mean = first.mean()
-        first, second = (first - mean) / spread, (second - mean) / spread
-    pairs = [side.reshape(-1, 1) for side in (first, second)]
-    a, b = (torch.cat([torch.zeros_like(side), side], dim=1) for side in pairs)
-    return a, b
-
-
-def _has_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return device_of(model)
-
-
-class _Tally:
-    """Sums over positions; a float a position is all that is kept."""
-
-    def __init__(self) -> None:
-        self.kl: list[Tensor] = []
-        self.same = 0
-        self.losses = [0.0, 0.0]
-        self.labelled = 0
-        self.largest = 0.0
-
-    def add(self, first: Tensor, second: Tensor, labels: Tensor | None) -> None:
-        for begin in range(0, first.shape[0], _POSITIONS):
-            part = slice(begin, begin + _POSITIONS)
-            self._add(first[part].float(), second[part].float(),
-                      None if labels is None else labels[part])  # fmt: skip
-
-    def _add(self, first: Tensor, second: Tensor, labels: Tensor | None) -> None:
-        difference = (first - second).abs().max().item()
-        # max() would drop a NaN that comes second; a NaN must stay
-        self.largest = difference if difference != difference else max(self.largest, difference)
-        self.same += int((first.argmax(-1) == second.argmax(-1)).sum())
-        logs = [logits.log_softmax(-1) for logits in (first, second)]
-        self.kl.append((logs[0].exp() * (logs[0] - logs[1])).sum(-1).clamp(min=0))
-        if labels is not None:
-            self.labelled += labels.numel()
-            for side, log in enumerate(logs):
-                self.losses[side] -= log.gather(-1, labels[:, None].long()).double().sum().item()
-
-    def result(self, format: str, thresholds: Thresholds) -> Verification:
-        divergence = torch.cat(self.kl).double() if self.kl else torch.empty(0)
-        count = divergence.numel()
-        if count == 0:
-            raise VerificationError(
-                "There is no position to compare.", fix="give held-out rows with labels"
-            )
-        perplexities = [_exp(loss / self.labelled) if self.labelled else None
-                        for loss in self.losses]  # fmt: skip
-        rank = max(0, math.ceil(0.99 * count) - 1)
-        ordered = divergence.nan_to_num(nan=math.inf).sort().values
-        return Verification(
-            format=format,
-            positions=count,
-            mean_kl=divergence.mean().item(),
-            p99_kl=ordered[rank].item(),
-            top1=self.same / count,
-            perplexity_reference=perplexities[0],
-            perplexity=perplexities[1],
-            max_difference=self.largest,
-            thresholds=thresholds,
-        )
-
-
-def _exp(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
-
-
-def read_back(path: Path | str, *, dtype: torch.dtype | None = None) -> nn.Module:
-    """Opens an exported model with a reader that is not qft's own writer's, in eval mode.
-
-    Args:
-        path: a ``.gguf`` file, a folder that holds one, or a model folder.
-        dtype: of the arithmetic; None is float32 for GGUF and what config.json says otherwise.
-
-    Raises:
-        ModelError: it cannot be opened.
-    """
-    path = Path(path)
-    file = gguf_file(path)
-    if file is not None:
-        return _read_gguf(file, dtype or torch.float32)
-    config = models.read_config(path)
-    task = models.task_of(config)
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    chosen = dtype or getattr(torch, stored, torch.float32)
-    spec = models.ModelSpec(source=str(path), task=task, dtype=chosen)
-    return models.open_model(path, spec)
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The GGUF file a path names or, as a folder without other weights, holds; or None."""
-    if path.suffix == ".gguf" and path.is_file():
-        return path
-    files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0] if files and not any(path.glob("*.safetensors")) else None
-
-
-def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
-    """Through transformers' GGUF loader, settings included: they are part of what is verified.
-
-    Where the file says what that loader does not read (a rotary scaling, biases), the settings come
-    from the config.json beside it.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    options: dict[str, Any] = {}
-    if _needs_config(file.parent):
-        options["config"] = AutoConfig.from_pretrained(file.parent)
+    comparison = Comparison(batches if isinstance(batches, Rows) else None)
+    listener = _Listener(models, comparison)
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, **options
-        )
-    except Exception as error:  # broken files make that loader raise anything
-        raise ModelError(
-            "The GGUF file cannot be opened by transformers.",
-            where=file,
-            found=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}",
-            fix="run it with llama.cpp",
-        ) from error
-    return model.eval().requires_grad_(False)
+        for rows, examples in _batches(batches):
+            listener.text = rows.get("attention_mask", torch.ones_like(rows["input_ids"])).bool()
+            inputs = inputs_of(reference, rows)
+            with torch.no_grad():
+                outputs = [
+                    model(**{k: v.to(device_of(model)) for k, v in inputs.items()})
+                    for model in models
+                ]
+            comparison.logits.add(*comparable(reference, rows, outputs))
+            comparison.judge(outputs, rows, examples)
+            if progress is not None:
+                progress(len(rows["input_ids"]))
+    finally:
+        listener.remove()
+    return comparison.result(format, thresholds or thresholds_of(format), listener.notes)
 
 
-def _needs_config(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    values = models.read_config(folder)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return bool(scaled or values.get("attention_bias") or values.get("mlp_bias"))
+def _batches(
+    batches: Iterable[Mapping[str, Tensor]] | Rows,
+) -> Iterator[tuple[Mapping[str, Tensor], Sequence[Example]]]:
+    if isinstance(batches, Rows):
+        yield from batches.batches()
+        return
+    for batch in batches:
+        for begin in range(0, batch["input_ids"].shape[0], _ROWS):
+            yield {key: value[begin : begin + _ROWS] for key, value in batch.items()}, ()
+
+
+class _Listener:
+    """Hooks on two models' layers: the first's hidden states wait for the second's."""
+
+    def __init__(self, models: Sequence[nn.Module], comparison: Comparison) -> None:
+        self.text = torch.empty(0, 0, dtype=torch.bool)  # of the batch that runs
+        self.notes: list[str] = []
+        self._hooks: list[Any] = []
+        self._waiting: dict[int, Tensor] = {}
+        self._layers = comparison.layers
+        stacks = [_named_layers(model) for model in models]
+        names = [name for name, _ in stacks[0]]
+        if len(names) != len(stacks[1]) or not names:
+            counts = " and ".join(str(len(stack)) for stack in stacks)
+            self.notes.append(f"The models have {counts} layers, which were not compared.")
+            return
+        # an encoder-decoder's second half begins with embeddings of its own, which are not caught
+        comparison.places += [EMBEDDINGS, *names]
+        for keep, stack in zip((True, False), stacks, strict=True):
+            first = stack[0][1]
+            self._hooks.append(
+                first.register_forward_pre_hook(self._before(keep), with_kwargs=True)
+            )
+            for place, (_, layer) in enumerate(stack, start=1):
+                self._hooks.append(layer.register_forward_hook(self._after(place, keep)))
+
+    def remove(self) -> None:
+        """Takes the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _before(self, keep: bool) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._meet(0, given[0] if given else named["hidden_states"], keep)
+
+        return hook
+
+    def _after(self, place: int, keep: bool) -> Any:
+        def hook(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
+            self._meet(place, made[0] if isinstance(made, tuple) else made, keep)
+
+        return hook
+
+    def _meet(self, place: int, hidden: Tensor, keep: bool) -> None:
+        if keep:
+            self._waiting[place] = hidden
+            return
+        first = self._waiting.pop(place)
+        if first.shape != hidden.shape:
+            self.notes.append("The models' hidden states differ in shape.")
+            return
+        text = self.text
+        if text.shape != hidden.shape[:2]:  # a decoder's side, or after a soft prompt
+            text = torch.ones(hidden.shape[:2], dtype=torch.bool)
+        self._layers.add(place, first, hidden, text)
+
+
+def _named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All layers in the order data passes them, under the names the plain model gives them."""
+    inner: Any = model
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    return [
+        (f"{stack}.{number}", layer)
+        for stack, layers in layer_stacks(inner).items()
+        for number, layer in enumerate(layers)
+    ]

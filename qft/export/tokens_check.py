@@ -1,0 +1,180 @@
+"""The same token ids for the same text, and the same words of a conversation's template."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from qft.data.template import has_template, render
+from qft.errors import QftError
+from qft.export.diagnosis import Finding
+from qft.export.subject import Subject
+
+AWKWARD = (
+    "", " ", "  two  spaces ", "\n\n", "\t tab\r\n line", "end ", " begin",
+    "na\u00efve caf\u00e9, Stra\u00dfe", "a\u0301 \u00e1", "zero\u200bwidth \u00a0 nbsp",
+    "\u6f22\u5b57\u304b\u306a", "\U0001f642 \U0001f44d\U0001f3fd \U0001f469\u200d\U0001f467",
+    "0", "0123456789", "3.14159 and 1,000,000", "007 1e-5 x1y2", "don't WON'T I'll",
+    "<s>", "</s>", "<|im_start|>user\nhi<|im_end|>", "<0x41>", "[INST] x [/INST]",
+    "def f(x):\n\treturn x**2  # ok", "https://example.org/?q=1&r=%20", "!!!???...",
+)  # fmt: skip
+_USER = {"role": "user", "content": "What is 2 + 2?"}
+_ASSISTANT = {"role": "assistant", "content": "It is 4."}
+CONVERSATIONS: tuple[tuple[str, list[dict[str, str]], bool], ...] = (
+    ("one turn", [_USER, _ASSISTANT], False),
+    ("one question, with the generation prompt", [_USER], True),
+    ("a system message", [{"role": "system", "content": "Be  brief."}, _USER, _ASSISTANT], False),
+    ("a system message, with the generation prompt",
+     [{"role": "system", "content": "Be brief.\n"}, _USER], True),
+    ("three turns", [_USER, _ASSISTANT, {"role": "user", "content": " And 3?"}, _ASSISTANT,
+                     _USER, _ASSISTANT], False),
+    ("two turns, with the generation prompt", [_USER, _ASSISTANT, _USER], True),
+)  # fmt: skip
+_TOKENIZER_FIX = (
+    "put the reference's tokenizer files (tokenizer.json, tokenizer_config.json and the others) "
+    "beside the weights"
+)
+
+
+def check_tokens(reference: Any, artefact: Any, texts: Sequence[str], where: str) -> list[Finding]:
+    """Whether two tokenizers give the same ids, with and without special tokens, and decode alike.
+
+    Args:
+        reference: a tokenizer.
+        artefact: another.
+        texts: beside the awkward ones.
+        where: what the artefact's is called in a finding.
+    """
+    found = []
+    differing = differing_texts(reference, artefact, [*AWKWARD, *texts])
+    if differing:
+        first = differing[0]
+        ids = [_ids(tokenizer, first, True)[:8] for tokenizer in (reference, artefact)]
+        found.append(
+            f"{where} gives other ids for {len(differing)} of {len(AWKWARD) + len(texts)} texts, "
+            f"first {first[:40]!r}: {ids[1]}, reference {ids[0]}"
+        )
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
+    found += [
+        f"{where} says {name} {getattr(artefact, name)}, reference {getattr(reference, name)}"
+        for name in names
+        if getattr(artefact, name) != getattr(reference, name)
+    ]
+    return [Finding("tokens", text, _TOKENIZER_FIX) for text in found]
+
+
+def differing_texts(reference: Any, artefact: Any, texts: Sequence[str]) -> list[str]:
+    """The texts whose ids, or whose text made from the ids again, are not the same."""
+    return [
+        text
+        for text in texts
+        if any(_ids(reference, text, special) != _ids(artefact, text, special)
+               for special in (True, False))
+        or _decoded(reference, text) != _decoded(artefact, text)
+    ]  # fmt: skip
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+
+
+def _decoded(tokenizer: Any, text: str) -> str:
+    return str(tokenizer.decode(_ids(tokenizer, text, True)))
+
+
+def check_template(reference: Any, artefact: Any, where: str, file: str) -> list[Finding]:
+    """Whether two tokenizers render the same conversations in the same words.
+
+    Args:
+        file: where the artefact's template is, for the advice.
+    """
+    if not has_template(reference) and not has_template(artefact):
+        return []
+    fix = f"put the reference's chat template into {file}"
+    if has_template(reference) != has_template(artefact):
+        which = "no chat template, the reference has one"
+        if has_template(artefact):
+            which = "a chat template, the reference has none"
+        return [Finding("template", f"{where} has {which}", fix)]
+    differing = [
+        name
+        for name, messages, prompt in CONVERSATIONS
+        if _rendered(reference, messages, prompt) != _rendered(artefact, messages, prompt)
+    ]
+    if not differing:
+        return []
+    count = f"{len(differing)} of {len(CONVERSATIONS)}"
+    text = f"{where} renders {count} conversations otherwise, first {differing[0]}"
+    return [Finding("template", text, fix)]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> str | None:
+    """None where the template refuses the conversation: both must."""
+    try:
+        return render(tokenizer, messages, add_generation_prompt=prompt)
+    except QftError:
+        return None
+
+
+def check_inside(
+    reference: Any, artefact: Subject, texts: Sequence[str]
+) -> tuple[list[Finding], list[str]]:
+    """The tokenizer within a GGUF file: its tables, its template, what transformers makes of it.
+
+    transformers' converter cuts some texts otherwise than llama.cpp (blanks at the borders, names
+    of special tokens within a text), so what only its reading shows is a note.
+
+    Returns:
+        What is wrong, and notes.
+    """
+    assert artefact.gguf is not None
+    findings = [*_check_tables(reference, artefact)]
+    try:
+        inside = artefact.tokenizer_inside()
+    except QftError as error:
+        return findings, [f"{error.what} ({error.found}); only its tables were compared."]
+    every = [*AWKWARD, *texts]
+    differing = differing_texts(reference, inside, every)
+    notes = []
+    if differing and len(differing) > len(every) / 2:
+        findings += check_tokens(reference, inside, texts, "the tokenizer in the GGUF file")[:1]
+    elif differing:
+        notes.append(
+            f"transformers reads the GGUF file's tokenizer otherwise in {len(differing)} of "
+            f"{len(every)} texts, first {differing[0][:40]!r}; its tables are the same."
+        )
+    if isinstance(getattr(reference, "chat_template", None), str):
+        findings += check_template(reference, inside, "the GGUF file",
+                                   "the GGUF file (qft export writes it)")  # fmt: skip
+    return findings, notes
+
+
+def _check_tables(reference: Any, artefact: Subject) -> list[Finding]:
+    import gguf
+
+    fields = gguf.GGUFReader(artefact.gguf).fields
+    fix = "export the GGUF file again from the reference's tokenizer"
+    found = []
+    tokens = fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else []
+    by_id = {number: token for token, number in reference.get_vocab().items()}
+    wrong = [n for n, token in sorted(by_id.items()) if n >= len(tokens) or tokens[n] != token]
+    if wrong:
+        there = tokens[wrong[0]] if wrong[0] < len(tokens) else None
+        found.append(f"the GGUF file names {len(wrong)} tokens otherwise, first id {wrong[0]}: "
+                     f"{there!r}, reference {by_id[wrong[0]]!r}")  # fmt: skip
+    backend = getattr(reference, "backend_tokenizer", None)
+    if backend is not None and "tokenizer.ggml.merges" in fields:
+        wanted = json.loads(backend.to_str())["model"].get("merges", [])
+        wanted = [pair if isinstance(pair, str) else " ".join(pair) for pair in wanted]
+        if wanted != fields["tokenizer.ggml.merges"].contents():
+            found.append("the GGUF file merges tokens in another order")
+    for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        number, wished = (
+            (None if field is None else int(field.contents())),
+            getattr(reference, f"{kind}_token_id"),
+        )
+        if wished is not None and number != wished:
+            found.append(f"the GGUF file says {kind} token {number}, reference {wished}")
+    return [Finding("tokens", text, fix) for text in found]
