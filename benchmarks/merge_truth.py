@@ -2,22 +2,38 @@
 
     python benchmarks/merge_truth.py train MODELS DATA WORK
     python benchmarks/merge_truth.py measure WORK
+    python benchmarks/merge_truth.py tables
 
 `MODELS` holds the folders mini-6m and stories260K, `DATA` the folder text/tinyshakespeare, which
-neither model has seen; `WORK` keeps the adapters, so that they can be measured again.
+neither model has seen; `WORK` keeps the adapters, so that they can be measured again. The base is
+the model in bfloat16 (stories260K is stored in float32). `measure` writes
+benchmarks/results/merge_truth.json, and `tables` prints it; the ways are in merge_ways.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+import statistics
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 import qft
+from benchmarks import merge_ways as ways
+from qft.export.delivery import export
+from qft.hardware import environment
 
+RESULTS = Path(__file__).parent / "results" / "merge_truth.json"
+WAYS = ("bf16-dequantized", "bf16-original", "nf4-original", "nf4-fused", "nf4-beside")
 MODELS = ("mini-6m", "stories260K")
 BASES = {"nf4": "nf4", "bf16": "none"}  # what the adapter is trained on → `quantize`
 SEEDS = (0, 1, 2)
@@ -109,16 +125,117 @@ def train_all(models: Path, data: Path, work: Path) -> None:
             print(job.name, f"{train(job, work)['loss']:.4f}", flush=True)
 
 
+def measure(job: Job, work: Path) -> list[dict[str, Any]]:
+    """Every way of one adapter: a row each."""
+    run, original = work / "runs" / job.name, work / job.model
+    quantized = work / f"{job.model}-nf4"
+    if not quantized.is_dir():
+        export(original, quantized, format="bnb:nf4", verify=False)
+    whole, rounded = ways.stored_weights(original), ways.stored_weights(quantized)
+    seen = whole if job.base == "bf16" else rounded
+    changes = ways.changes_of(run / "adapter")
+    judge = ways.Judge(original, run)
+    trained = judge.refer_to(ways.added(seen, changes))
+    known = {**asdict(job), "change_over_nf4_error": _size(changes) / _size(
+        {name: rounded[name] - whole[name] for name in changes})}  # fmt: skip
+    rows = [{**known, "way": "untrained", **judge.judge(seen)},
+            {**known, "way": "unmerged", "loss": trained, "kl": 0.0, "top1": 1.0}]  # fmt: skip
+    for way in WAYS:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            out = Path(folder) / "out"
+            report = ways.write_way(way, run, quantized, work / "eval.jsonl", out)
+            stored = ways.read_way(way, out)
+        base = whole if way.endswith("original") else rounded
+        plain = {"nf4-original": rounded}.get(way, base)
+        if way == "nf4-fused":
+            plain = ways.requantized(rounded, changes)
+        lost = ways.rounding(base, changes, plain, stored)
+        _require_agreement(way, lost, report.get("delta_rounding") or {})
+        rows.append({**known, "way": way, **judge.judge(stored), **lost})
+    return rows
+
+
+def _size(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(value.double().square().sum()) for value in tensors.values()))
+
+
+def _require_agreement(
+    way: str, found: Mapping[str, float], told: Mapping[str, float] | None
+) -> None:
+    """What qft itself reports of Δ's rounding is what is measured here."""
+    for key in found if told else ():
+        if abs(found[key] - (told or {})[key]) > 0.01 * max(1.0, abs(found[key])):
+            raise SystemExit(f"{way}: {key} is {found[key]}, and qft reports {(told or {})[key]}")
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The measured rows as Markdown: mean ± standard deviation over the seeds."""
+    parts = []
+    for key, columns, digits in (
+        ("loss", ("untrained", "unmerged", *WAYS), 3),
+        ("kl", WAYS, 4),
+        ("top1", WAYS, 3),
+        ("rounding", WAYS, 2),
+        ("kept", WAYS, 2),
+    ):
+        lines = ["| " + " | ".join([key, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+        for model, strength, base in itertools.product(MODELS, STRENGTHS, BASES):
+            cells = [f"{model}, {strength}, {base}"]
+            for way in columns:
+                values = [row[key] for row in rows if (row["model"], row["strength"], row["base"],
+                          row["way"]) == (model, strength, base, way)]  # fmt: skip
+                cells.append(_cell(values, digits))
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _cell(values: Sequence[float], digits: int) -> str:
+    if not values:
+        return "–"
+    spread = statistics.stdev(values) if len(values) > 1 else math.nan
+    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def measure_all(work: Path) -> None:
+    """Measures every adapter that is there and was not measured; writes the results anew."""
+    rows: list[dict[str, Any]] = []
+    for job in jobs():
+        file = work / "runs" / job.name / "measured.json"
+        if not (file.parent / "adapter").is_dir():
+            continue
+        if not file.is_file():
+            file.write_text(json.dumps(measure(job, work)), encoding="utf-8")
+        rows += json.loads(file.read_text("utf-8"))
+        print(job.name, {r["way"]: round(r["loss"], 4) for r in rows[-7:]}, flush=True)
+    result = {
+        "benchmark": "merge_truth",
+        "date": date.today().isoformat(),
+        "strengths": {name: asdict(strength) for name, strength in STRENGTHS.items()},
+        "strategy": {"name": "lora", "rank": 16},
+        "seeds": list(SEEDS),
+        "environment": environment(),
+        "rows": rows,
+    }
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Trains or measures."""
+    """Trains, measures or prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    training = verbs.add_parser("train")
-    training.add_argument("models", type=Path)
-    training.add_argument("data", type=Path)
-    training.add_argument("work", type=Path)
+    for verb, places in (("train", ("models", "data", "work")), ("measure", ("work",)),
+                         ("tables", ())):  # fmt: skip
+        command = verbs.add_parser(verb)
+        for place in places:
+            command.add_argument(place, type=Path)
     chosen = parser.parse_args()
-    train_all(chosen.models, chosen.data, chosen.work)
+    if chosen.verb == "train":
+        train_all(chosen.models, chosen.data, chosen.work)
+    elif chosen.verb == "measure":
+        measure_all(chosen.work)
+    else:
+        print(tables(json.loads(RESULTS.read_text("utf-8"))["rows"]))
 
 
 if __name__ == "__main__":
