@@ -80,7 +80,9 @@ def jobs() -> Iterator[Job]:
 def write_rows(data: Path, work: Path) -> None:
     """Pieces of Shakespeare; the last 60 kB, which follow the others, are held out."""
     text = (data / "text/tinyshakespeare/input.txt").read_text("utf-8")
-    for name, part in (("train", text[:-_HELD_OUT_BYTES]), ("eval", text[-_HELD_OUT_BYTES:])):
+    held_out = text[-_HELD_OUT_BYTES:]
+    for name, part in (("train", text[:-_HELD_OUT_BYTES]), ("eval", held_out),
+                       ("few", held_out[:_PIECE_BYTES])):  # fmt: skip
         pieces = [part[i : i + _PIECE_BYTES] for i in range(0, len(part), _PIECE_BYTES)]
         random.Random(0).shuffle(pieces)
         lines = (json.dumps({"text": piece}) + "\n" for piece in pieces)
@@ -143,7 +145,7 @@ def measure(job: Job, work: Path) -> list[dict[str, Any]]:
     for way in WAYS:
         with tempfile.TemporaryDirectory(dir=work) as folder:
             out = Path(folder) / "out"
-            report = ways.write_way(way, run, quantized, work / "eval.jsonl", out)
+            report = ways.write_way(way, run, quantized, work / "few.jsonl", out)
             stored = ways.read_way(way, out)
         base = whole if way.endswith("original") else rounded
         plain = {"nf4-original": rounded}.get(way, base)

@@ -25,7 +25,7 @@ from qft.errors import VerificationError
 from qft.export.delivery import export, merge
 from qft.held_out import held_out_examples
 
-BLOCKS = 96  # held-out blocks that are compared on
+BLOCKS = 64  # held-out blocks that are compared on
 _BATCH = 16
 Weights = dict[str, Tensor]  # float32, by module name
 
