@@ -84,9 +84,9 @@ class LayerWeights:
                 hooks.append(module.register_forward_pre_hook(self._on_wrapper_call))
         return hooks
 
-    def _on_call(self, module: nn.Module, given: tuple[Any, ...]) -> Any:
-        whole = any(held is module for held, _, _, _ in self._loaded)
-        if type(module) is nn.Embedding and len(given) == 1 and not whole:
+    def _on_call(self, module: Any, given: tuple[Any, ...]) -> Any:
+        known = type(module) is nn.Embedding and len(given) == 1
+        if known and (module.weight.is_meta or module in self._looked_up):
             return (self._look_up(module, given[0]),)
         self._load_own(module, self._names[module])
         return None

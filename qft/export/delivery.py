@@ -115,7 +115,8 @@ def export(
     reference = locate(source, base=base, strategy=strategy)
     if found := reference.adapter:
         require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
-        tensors = _open(found, None)
+        # rounded once, to the format's own numbers; bitsandbytes keeps the base's dtype beside them
+        tensors = _open(found, None if format.startswith("bnb:") else torch.float32)
     else:
         folder = reference.folder
         models.check_folder(folder)

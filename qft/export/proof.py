@@ -162,7 +162,12 @@ def prove(
     with reporter.bar("verify", len(rows.examples)) as bar:
         result, writer = _compared(reference, artefact, held, format, allowed, way, bar)
     findings += check_generation(writer, needed, tokenizer)
-    result = replace(result, findings=_once([*lost, *findings]), notes=(*result.notes, *notes))
+    result = replace(
+        result,
+        findings=_once([*lost, *findings]),
+        notes=(*result.notes, *notes),
+        quantized=reference.held_as() != "none",
+    )
     written = {**result.to_dict(), "dtype": str(way.dtype).removeprefix("torch."),
                "rows": len(rows.examples), "layer_by_layer": way.layer_by_layer}  # fmt: skip
     write_json(file, written)
@@ -192,7 +197,7 @@ def _compared(
                                          progress=bar.advance)  # fmt: skip
             return found, stand_in(artefact, vocabulary(artefact))
         except CannotStreamError as error:
-            note = f"Both models were opened whole: {error.what} ({error.where})"
+            note = f"Both models were opened whole: {error.what} ({error.found or error.where})"
             found, writer = _compared_whole(reference, artefact, rows, format, allowed, way, bar)
             return replace(found, notes=(*found.notes, note)), writer
     return _compared_whole(reference, artefact, rows, format, allowed, way, bar)

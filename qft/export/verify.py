@@ -50,6 +50,7 @@ class Verification:
             ``embeddings``, a layer's name, ``head``; None where nothing diverges.
         findings: what else differs: tensors, tokens, template, stop tokens.
         notes: what a person should know, a sentence each.
+        quantized: whether the reference's base is held quantized.
     """
 
     format: str
@@ -67,6 +68,7 @@ class Verification:
     first_diverging_layer: str | None
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    quantized: bool = False
 
     def past(self) -> list[str]:
         """Every figure past its threshold, a phrase each; NaN is past every one."""
@@ -82,6 +84,8 @@ class Verification:
         if ratio is not None and not ratio <= limits.perplexity_ratio:
             found.append(f"perplexity {self.perplexity:.4g} against "
                          f"{self.perplexity_reference:.4g}")  # fmt: skip
+        if self.first_diverging_layer in self.layers:
+            found.append(f"hidden states diverge from {self.first_diverging_layer} on")
         return found
 
     @property
@@ -100,15 +104,15 @@ class Verification:
         if not self.problems():
             return
         found = "; ".join(self.problems())
-        if self.past():
+        if self.past() and self.first_diverging_layer not in self.layers:
             place = self.first_diverging_layer
-            found += f"; first diverging: {place}" if place else "; no layer diverges by itself"
+            found += f"; first diverging: the {place}" if place else "; no layer diverges by itself"
         raise VerificationError(
             f"The artefact ({self.format}) is not the model that was trained.",
             where=where,
             found=found,
             fix=advice(self.format, bool(self.past()), self.first_diverging_layer,
-                       list(self.layers), self.findings),
+                       list(self.layers), self.findings, self.quantized),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,6 +181,7 @@ class Comparison:
         count, mean, p99 = self.logits.divergence()
         perplexities = self.logits.perplexities()
         differences = self.layers.differences()
+        place = first_diverging(differences, thresholds.layer)
         found = Verification(
             format=format,
             positions=count,
@@ -190,7 +195,7 @@ class Comparison:
             metrics_reference=self._metrics(0),
             metrics=self._metrics(1),
             layers=dict(zip(self.places, differences, strict=False)),
-            first_diverging_layer=first_diverging(differences, thresholds.layer, self.places),
+            first_diverging_layer=None if place is None else self.places[place],
             notes=tuple(notes),
         )
         if _only_the_head(found):
@@ -209,7 +214,7 @@ def _only_the_head(found: Verification) -> bool:
     limit = found.thresholds
     return (
         bool(found.layers)
-        and max(found.layers.values()) <= limit.layer / 2
+        and first_diverging(list(found.layers.values()), limit.layer / 2) is None
         and not found.mean_kl <= 10 * limit.mean_kl
     )
 
