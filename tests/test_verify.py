@@ -120,8 +120,8 @@ def test_every_format_has_thresholds():
     assert THRESHOLDS.keys() == FORMATS.keys()
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
-def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_path, assets, format):
+@pytest.mark.parametrize("format", ["gguf:q8_0", "bnb:nf4"])
+def test_a_real_model_passes_and_with_a_planted_fault_does_not(tmp_path, assets, format):
     folder = assets / "models" / "mini-6m"
     tokenizer = models.open_tokenizer(folder)
     text = (assets / "data/text/tinyshakespeare").rglob("*.txt")
@@ -134,8 +134,6 @@ def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_pa
     report = write_format(source, format, tmp_path / "good")
     batches = [{"input_ids": ids}]
     verify(reference, read_back(report.path, dtype=torch.float32), batches, format=format).check()
-    if format not in ("gguf:q8_0", "bnb:nf4"):
-        return
     read = source.read
 
     def faulty(name: str) -> torch.Tensor:  # what an exporter with a mixed-up tensor would do

@@ -145,7 +145,8 @@ def test_an_adapter_merged_twice(
 ) -> None:
     twice = merged(good, adapter, room / "twice")
     error = refused(adapter, twice, data)
-    assert error.found == "hidden states diverge from model.layers.0 on"
+    assert "hidden states diverge from model.layers.0 on" in str(error.found)
+    assert "mean KL" not in str(error.found)  # too gentle an adapter for that
     assert "merged twice" in str(error.fix)
 
 
@@ -299,7 +300,8 @@ def chat_subject(base: Path, strategy: LoRA, task: str) -> Any:
 def test_training_to_talk_teaches_the_end_of_a_turn(tiny_llama: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
     make_tokenizer(base, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|turn|>\n"
-                         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+                         "{% endfor %}"
+                         "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     tokenizer = models.open_tokenizer(base)
     assert taught_ids(chat_subject(base, LoRA(), "chat"), tokenizer) == [2, 3]
     assert taught_ids(chat_subject(base, LoRA(), "text"), tokenizer) == [2]

@@ -261,9 +261,7 @@ def _outside(tokenizer: Any, other: Any, reference: Subject, artefact: Subject) 
 def vocabulary(subject: Subject) -> int:
     """Rows of the embeddings."""
     if subject.gguf is not None:
-        import gguf
-
-        return len(gguf.GGUFReader(subject.gguf).fields["tokenizer.ggml.tokens"].data)
+        return len(subject.reader.fields["tokenizer.ggml.tokens"].data)
     config = models.open_config(subject.folder, subject.spec)
     return int(config.get_text_config().vocab_size)
 
@@ -307,8 +305,6 @@ def choose_way(reference: Subject, artefact: Subject, asked: bool | None) -> Way
 def _values(subject: Subject) -> int:
     """How many numbers a model holds, from headers alone."""
     if subject.gguf is not None:
-        import gguf
-
-        return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(subject.gguf).tensors)
+        return sum(int(tensor.n_elements) for tensor in subject.reader.tensors)
     with ShardedCheckpoint(subject.folder) as checkpoint:
         return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())

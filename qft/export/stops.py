@@ -67,9 +67,7 @@ def check_stops(reference: Subject, artefact: Subject, tokenizer: Any, rows: int
 
 def check_inside_gguf(reference: Subject, artefact: Subject, tokenizer: Any) -> list[Finding]:
     """Whether llama.cpp, which knows one end of a text and one of a turn, stops where it must."""
-    import gguf
-
-    fields = gguf.GGUFReader(artefact.gguf).fields
+    fields = artefact.reader.fields
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     stops = {int(fields[key].contents()) for key in keys if key in fields}
     needed = [token for token in taught_ids(reference, tokenizer)
