@@ -57,8 +57,8 @@ _PLACES = """
     export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
     export.formats export.thresholds export.read_back export.diagnosis export.tally
     export.subject export.tensors_check export.tokens_check export.stops
-    export.answers export.verify export.layerwise export.streams export.summary
-    opening written scoring export.proof export.delivery export healing
+    export.answers export.listening export.verify export.layerwise export.streams
+    export.summary opening written scoring export.proof export.delivery export healing
     demo.docstrings demo.job
     cli
 """

@@ -308,6 +308,30 @@ def test_training_to_talk_teaches_the_end_of_a_turn(tiny_llama: Path, tmp_path: 
     assert taught_ids(locate(base), tokenizer) == [2]
 
 
+def test_what_is_made_of_a_base_stops_where_training_ended_answers(
+    tiny_llama: Path, tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    make_tokenizer(base, "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}<|turn|>"
+                         "{% endfor %}"
+                         "{% if add_generation_prompt %}<s>assistant: {% endif %}")  # fmt: skip
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = str(write_rows([{"messages": turns}] * 2))
+    values: dict[str, Any] = {
+        "model": str(base), "task": "chat", "data": {"train": data}, "device": "cpu",
+        "strategy": {"name": "lora", "rank": 2}, "dtype": "float32",
+        "train": {"max_steps": 1, "batch_size": 2, "max_length": 64},
+        "output": str(tmp_path / "run"),
+    }  # fmt: skip
+    run = qft.train(qft.build_recipe(values)).folder
+    report = qft.merge(run, tmp_path / "out", verify=True, data=data)
+    assert report["verification"]["passed"]
+    file = tmp_path / "out" / "generation_config.json"
+    assert json.loads(file.read_text())["eos_token_id"] == [2, 3]
+    change(file, eos_token_id=2)
+    assert "<|turn|> (3) does not stop" in str(refused(run, tmp_path / "out", data).found)
+
+
 def test_a_generation_that_goes_on_is_seen(tiny_llama: Path, tiny_t5: Path) -> None:
     tokenizer = models.open_tokenizer(tiny_llama)
     for folder, task in ((tiny_llama, "text"), (tiny_t5, "seq2seq")):

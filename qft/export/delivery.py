@@ -20,6 +20,7 @@ from qft.data.tasks import ExampleSet
 from qft.errors import RecipeError
 from qft.export.formats import require_known, write_format
 from qft.export.proof import prove, rows_of
+from qft.export.stops import complete_stops
 from qft.export.subject import Subject, locate, of_adapter
 from qft.export.verify import FILE
 from qft.files import replace_folder, require_apart
@@ -76,6 +77,7 @@ def merge(
         with reporter.bar("merge", tensors.total_bytes()) as bar:
             written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
         tensors.close()
+        complete_stops(reference, target)
         changed, count = len(tensors.changed), len(tensors.names())
         report |= {"bytes": written, "tensors": count, "changed": changed}
         reporter.say(f"merged: {changed} of {count} tensors changed, "
@@ -129,6 +131,7 @@ def export(
                 tensors, format, target, overwrite=overwrite, progress=bar.advance
             )
         tensors.close()
+        complete_stops(reference, target)
         reporter.say(f"{format}: {human_bytes(written.bytes)} in {written.path}")
         for note in written.notes:
             reporter.say(f"note: {note}")
