@@ -338,7 +338,7 @@ def test_auto_takes_what_measures_better(base, rows, tmp_path, capsys):
         for name, loss in found["loss"].items():
             other = qft.merge(adapter, tmp_path / f"{adapter.name}-{name}", onto=name)
             assert other["base"]["loss"] is None
-            judged = qft.evaluate(other["out"], data=str(rows), dtype=torch.float32)
+            judged = qft.evaluate(other["out"], data=str(rows), dtype="float32")
             assert judged["loss"] == pytest.approx(loss, abs=2e-4)
     merged = load_file(tmp_path / "making-up-merged" / "model.safetensors")
     original = load_file(base / "model.safetensors")
