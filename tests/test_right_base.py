@@ -308,12 +308,12 @@ def lost_updates(base: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="module")
 def rows(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts that the original base itself has drawn, so that it is the best model of them."""
+    """Letters that the original base itself has drawn, so that it is the best model of them."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(5)
     ids = model.generate(
-        torch.randint(40, 90, (24, 2)), max_new_tokens=60, do_sample=True, top_k=0,
-        eos_token_id=None, pad_token_id=0, bad_words_ids=[[n] for n in range(4)],
+        torch.randint(40, 90, (40, 2)), max_new_tokens=100, do_sample=True, top_k=0,
+        eos_token_id=None, pad_token_id=0, suppress_tokens=[*range(4), *range(98, 260)],
     )  # fmt: skip
     tokenizer = models.open_tokenizer(base)
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
