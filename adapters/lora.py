@@ -234,7 +234,8 @@ class LoRA(PeftStrategy):
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "LORA") or {}
         parts = lora_parts(stored_tensors(folder), values, self.rank_stabilised, folder)
-        parts = less_first(parts, read_first(folder, values), folder)
+        if not base.rounded:  # upon the rounded base, LoftQ's whole update belongs
+            parts = less_first(parts, read_first(folder, values), folder)
         transposed = bool(values.get("fan_in_fan_out"))
         return LowRankMerge(
             parts, base, folder, transposed=transposed, keep_zeros=bool(values.get(MARK))

@@ -16,6 +16,7 @@ from qft.errors import AdapterError
 from qft.registry import build_strategy, strategy_from_folder
 from qft.strategy import PARTS, Context, Strategy
 
+BESIDE = "../base"  # how an adapter that is handed over with its base names it
 _MARKS = (CARD, "adapter_config.json", "trained_tensors.json", PARTS)
 _PEFT_TASKS = {
     "SEQ_CLS": "classify",
@@ -106,6 +107,8 @@ def locate_adapter(
     if not source:
         raise AdapterError("The adapter does not say which base it belongs to.", where=folder,
                            fix="add --base FOLDER_OR_HUB_ID")  # fmt: skip
+    if source == BESIDE:
+        source = str(folder.parent / "base")
     base_folder = models.resolve_folder(str(source), trust)
     models.check_folder(base_folder, trust)
     if card is not None:

@@ -31,6 +31,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out
 Base = Annotated[
     str | None, typer.Option("--base", help="The base model, if it is not where it was.")
 ]
+Bases = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--base",
+        help="The base model, if it is not where it was; and, of an adapter trained on a quantized "
+        "one, what to merge into: auto, dequantized or original. May be given twice.",
+    ),
+]
 Named = Annotated[
     str | None,
     typer.Option("--strategy", help="A third party's strategy; its code is imported."),
@@ -336,7 +344,7 @@ def chat(
 def merge(
     source: Annotated[str, typer.Argument(help="A run, a checkpoint or an adapter folder.")],
     out: Out,
-    base: Base = None,
+    base: Bases = None,
     dtype: Annotated[
         str | None, typer.Option(help="bfloat16, float16 or float32; else the base's own.")
     ] = None,
@@ -353,11 +361,14 @@ def merge(
 ) -> None:
     """Fold an adapter into its base, streamed tensor by tensor."""
     from qft.export.delivery import merge as run
+    from qft.export.right_base import place_and_word
 
+    place, onto = place_and_word(base or [])
     report = run(
         source,
         out,
-        base=base,
+        base=place,
+        onto=onto,
         dtype=dtype,
         verify=verify,
         data=data,
@@ -373,7 +384,13 @@ def export_model(
     source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
     out: Out,
     format: Annotated[str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")],
-    base: Base = None,
+    base: Bases = None,
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse", help="bnb: quantize the dequantized base again; says what it costs."
+        ),
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Open the result and compare it.")
     ] = True,
@@ -387,12 +404,16 @@ def export_model(
 ) -> None:
     """Write a small model for another runtime, and check that it still works."""
     from qft.export.delivery import export as run
+    from qft.export.right_base import place_and_word
 
+    place, onto = place_and_word(base or [])
     report = run(
         source,
         out,
         format=format,
-        base=base,
+        base=place,
+        onto=onto,
+        fuse=fuse,
         verify=verify,
         data=data,
         strategy=strategy,
@@ -424,7 +445,7 @@ def verify_model(
         Path | None,
         typer.Option("--out", "-o", help="Else verification.json beside the artefact."),
     ] = None,
-    base: Base = None,
+    base: Bases = None,
     strategy: Named = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -326,6 +326,24 @@ def open_skeleton(folder: Path, spec: ModelSpec) -> nn.Module:
     return model
 
 
+def build_skeleton(config: Mapping[str, Any]) -> nn.Module:
+    """The architecture that a config.json names, on the meta device.
+
+    Raises:
+        ModelError: transformers does not know it.
+    """
+    import transformers
+
+    named = str((config.get("architectures") or ["unknown"])[0])
+    cls = getattr(transformers, named, None)
+    if cls is None or not hasattr(cls, "config_class"):
+        raise ModelError("transformers does not know this architecture.", where="config.json",
+                         found=named)  # fmt: skip
+    with torch.device("meta"):
+        model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
+    return model
+
+
 def _pooling(model: nn.Module, spec: ModelSpec, folder: Path) -> str:
     """A decoder's own head finds the last token by the config's pad id; ours by the mask.
 

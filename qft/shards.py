@@ -337,6 +337,8 @@ class ShardedCheckpoint:
         ModelError: no weights, a broken shard, or an index that points out of the folder.
     """
 
+    rounded = ""  # see qft.merging.rounded_base.BaseCheckpoint
+
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self._places: dict[str, StoredTensor] = {}

@@ -62,6 +62,10 @@ class Objective:
 class BaseTensors(Protocol):
     """The base model's tensors under *module* names, read one at a time from its files."""
 
+    @property
+    def rounded(self) -> bool:
+        """Whether quantized layers read as training saw them; else they are the original ones."""
+
     def names(self) -> Sequence[str]:
         """Every tensor's name."""
 

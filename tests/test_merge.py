@@ -201,7 +201,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
     with pytest.raises(AdapterError):
         merged(base, tmp_path / "adapter", tmp_path / "out")
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     whole = skeleton(base)
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="--base ORIGINAL"):

@@ -46,7 +46,8 @@ _PLACES = """
     distillation.lesson_coding distillation.lesson_store distillation.kept
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
     distillation.cached distillation.teacher_texts distillation.teach
-    merging.side_files merging.tensors merging.merge quantized_linears layer_weights layer_stream
+    merging.side_files merging.bnb_rounding merging.rounded_base merging.stored_base
+    merging.tensors merging.merge quantized_linears layer_weights layer_stream
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
@@ -54,11 +55,13 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    export.safetensors_format export.gguf_tokenizer export.gguf_format export.bnb_format
+    export.safetensors_format export.gguf_tokenizer export.gguf_format
+    export.delta_rounding export.layer_rows export.bnb_format
     export.formats export.thresholds export.read_back export.diagnosis export.tally
     export.subject export.tensors_check export.tokens_check export.stops
     export.answers export.listening export.verify export.layerwise export.streams
-    export.summary opening written scoring export.proof export.delivery export healing
+    export.summary opening written scoring export.proof export.right_base
+    export.beside export.delivery export healing
     demo.docstrings demo.job
     cli
 """

@@ -82,21 +82,21 @@ def test_trained_without_quantizing_again(
     assert torch.equal(logits(again.model), logits(result.model))
 
 
-def test_merged_with_the_original_and_only_with_it(
+def test_merged_with_the_original_that_is_named(
     tiny_llama: Path, stored: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
     run = qft.train(qft.build_recipe(job(stored, tmp_path))).folder
     with pytest.raises(ModelError, match="--base ORIGINAL"):
-        qft.merge(run, tmp_path / "merged")
+        qft.merge(run, tmp_path / "merged", onto="original")
     other = Path(shutil.copytree(tiny_llama, tmp_path / "other"))
     change_one_value(other)
     with pytest.raises(AdapterError, match="another base"):
         qft.merge(run, tmp_path / "merged", base=str(other))
     assert not (tmp_path / "merged").exists()
 
-    report = qft.merge(run, tmp_path / "merged", base=str(tiny_llama), verify=True)
+    report = qft.merge(run, tmp_path / "merged", base=str(tiny_llama), onto="original", verify=True)
     assert report["changed"] == 14
     assert report["verification"]["passed"]
     name = "model.layers.1.mlp.down_proj"
@@ -123,10 +123,10 @@ def test_a_run_is_exported_from_the_original(
     """In 4 bits again, rounded once; and that folder is a base like any other."""
     run = qft.train(qft.build_recipe(job(stored, tmp_path))).folder
     with pytest.raises(ModelError, match="--base ORIGINAL"):
-        qft.export(run, tmp_path / "out", format="bnb:nf4")
+        qft.export(run, tmp_path / "out", format="bnb:nf4", onto="original")
     report = qft.export(run, tmp_path / "out", format="bnb:nf4", base=str(tiny_llama))
     assert report["verification"]["passed"]
-    qft.merge(run, tmp_path / "merged", base=str(tiny_llama))
+    qft.merge(run, tmp_path / "merged", base=str(tiny_llama), onto="original")
     config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
     assert config["qft_original_fingerprint"] == fingerprint(tmp_path / "merged")
 

@@ -1,6 +1,6 @@
 """bitsandbytes 4 and 8 bits, in the very layout transformers saves and opens without requantizing.
 
-Each linear layer is quantized from the source by bitsandbytes' functional API and written at once:
+Each linear layer is quantized from the source block by block of rows and written at once:
 no model is built and no forward runs, so the CPU kernels that repack weights in place
 (:func:`qft.quantization.guard_cpu_kernels`) are never near the file.
 """
@@ -9,26 +9,37 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes.functional as functional
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qft import quantization
+from qft import models, quantization
 from qft.errors import ModelError
+from qft.export.delta_rounding import DeltaRounding, DeltaTally
+from qft.export.layer_rows import Block, LayerRows
+from qft.merging.bnb_rounding import (
+    BLOCK,
+    NESTED_BLOCK,
+    Scales,
+    groups,
+    pack_rows,
+    quantized_linears,
+    round_int8,
+    round_scales,
+    scales_of,
+    unpack_rows,
+    unround_int8,
+)
 from qft.merging.merge import Progress, write_config
 from qft.merging.side_files import copy_files
 from qft.merging.tensors import TensorSource
-from qft.models import ORIGINAL_KEY
 from qft.shard_writer import Spec, write_shards
 from qft.shards import tensor_bytes
 
 KINDS = ("nf4", "fp4", "int8")
-_BLOCK = 64  # weights a scale (QLoRA, https://arxiv.org/abs/2305.14314)
-_NESTED_BLOCK = 256  # scales a second scale
 _FLOAT_TEXT = 24  # the longest a float is in JSON
 
 
@@ -46,11 +57,13 @@ class BnbPlan:
     def __init__(self, source: TensorSource, kind: str) -> None:
         quantization.require_bitsandbytes()
         self.source, self.kind = source, kind
-        skeleton = build_skeleton(source.config)
+        skeleton = models.build_skeleton(source.config)
         self._skip = quantization.unquantized_modules(skeleton)
-        self._linears = _linears(skeleton, self._skip)
+        self._linears = quantized_linears(skeleton, self._skip)
+        self._layers = LayerRows(source, self._linears, groups=kind != "int8")
         self._parents: dict[str, str] = {}  # written name → the source's name
-        self._cache: tuple[str, dict[str, Tensor]] = ("", {})
+        self._rest: dict[str, Tensor] = {}  # what lies beside the weights of the last layer
+        self._tally = DeltaTally()
         self.notes: list[str] = []
         self.specs = [spec for name in source.names() for spec in self._specs(name)]
         if not any("." in written.removeprefix(source.module(parent))
@@ -95,62 +108,100 @@ class BnbPlan:
         self, module: str, shape: tuple[int, ...], dtype: torch.dtype
     ) -> list[Spec]:
         count = math.prod(shape)
-        blocks = -(-count // _BLOCK)
+        blocks = -(-count // BLOCK)
         state = f"{module}.quant_state.bitsandbytes__{self.kind}"
         return [
             (module, (-(-count // 2), 1), torch.uint8),
             (f"{module}.absmax", (blocks,), torch.uint8),
-            (f"{module}.nested_absmax", (-(-blocks // _NESTED_BLOCK),), torch.float32),
+            (f"{module}.nested_absmax", (-(-blocks // NESTED_BLOCK),), torch.float32),
             (f"{module}.nested_quant_map", (256,), torch.float32),
             (f"{module}.quant_map", (16,), torch.float32),
             (state, (_state_length(self.kind, shape[::-1], dtype),), torch.uint8),
         ]
 
-    def produce(self, written: str) -> Tensor:
-        """One tensor of the folder; a layer is quantized once for all of its parts."""
+    def produce(self, written: str) -> Iterable[Tensor]:
+        """One tensor of the folder in blocks of rows; a layer's parts are wanted in their order."""
         name = self._parents[written]
         module = self.source.module(name)
         owner = module.removesuffix(".weight")
         if owner not in self._linears or owner == module:
-            return self.source.read(name)
-        if self._cache[0] != name:
-            self._cache = ("", {})  # frees the layer before
-            self._cache = (name, self._quantize(name, module, owner))
-        return self._cache[1].pop(written)
+            return self.source.blocks(name)
+        if written == module:
+            stream = self._int8 if self.kind == "int8" else self._four_bit
+            return stream(name, module, owner)
+        return [self._rest.pop(written)]
 
-    def _quantize(self, name: str, module: str, owner: str) -> dict[str, Tensor]:
-        weight = self.source.read(name)
-        if self._linears[owner]:  # GPT-2's Conv1D holds its weight transposed
-            weight = weight.T
-        weight = weight.contiguous()
-        if self.kind == "int8":
-            return _quantize_int8(weight, module, owner)
-        return _quantize_four_bit(weight, module, self.kind)
+    def _int8(self, name: str, module: str, owner: str) -> Iterator[Tensor]:
+        found = []
+        for block in self._layers.blocks(name):
+            values, scales = round_int8(block.rows, module)
+            if block.changed:
+                plain = unround_int8(*round_int8(block.plain, module))
+                self._count(block, unround_int8(values, scales), plain)
+            found.append(scales)
+            yield values
+        row_major = torch.tensor(0, dtype=torch.uint8)
+        self._rest = {f"{owner}.SCB": torch.cat(found), f"{owner}.weight_format": row_major}
+
+    def _four_bit(self, name: str, module: str, owner: str) -> Iterator[Tensor]:
+        scales, plain_scales = self._scales(name)
+        width = self._layers.size(name)[1]
+        for block in self._layers.blocks(name):
+            values = pack_rows(block.rows, self.kind)
+            if plain_scales is not None and block.base is not None:
+                own = pack_rows(block.plain, self.kind)
+                self._count(
+                    block,
+                    self._unpack(values, scales, block, width),
+                    self._unpack(own, plain_scales, block, width),
+                )
+            yield values
+        dtype = self.source.dtype(name)
+        self._rest = _state_parts(module, self.kind, scales, self._layers.size(name), dtype)
+
+    def _scales(self, name: str) -> tuple[Scales, Scales | None]:
+        """A layer's scales and, where the adapter changes it, those of the base alone."""
+        own, plain, changed = [], [], False
+        for block in self._layers.blocks(name):
+            own.append(scales_of(block.rows))
+            if block.base is not None:
+                plain.append(scales_of(block.plain) if block.changed else own[-1])
+            changed |= block.changed
+        rounded = round_scales(torch.cat(own))
+        return rounded, round_scales(torch.cat(plain)) if changed else None
+
+    def _unpack(self, packed: Tensor, scales: Scales, block: Block, width: int) -> Tensor:
+        shape = (len(block.part), width)
+        values = scales.values[groups(block.part, width)]
+        return unpack_rows(packed, values, self.kind, shape, block.rows.dtype)
+
+    def _count(self, block: Block, stored: Tensor, plain: Tensor) -> None:
+        assert block.base is not None
+        self._tally.add(stored, plain, block.base, block.merged)
+
+    def delta_rounding(self) -> DeltaRounding | None:
+        """What became of the adapter's change, once all was produced."""
+        return self._tally.result()
 
 
-def _quantize_int8(weight: Tensor, module: str, owner: str) -> dict[str, Tensor]:
-    """Row-wise absmax, from float16 as transformers does it (LLM.int8, arXiv 2208.07339)."""
-    half = weight.to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise ModelError("A weight is too large for int8 quantization, which passes float16.",
-                         where=module, fix="export to bnb:nf4 or safetensors:bf16")  # fmt: skip
-    values, scales, _ = functional.int8_vectorwise_quant(half)
-    return {
-        module: values,
-        f"{owner}.SCB": scales,
-        f"{owner}.weight_format": torch.tensor(0, dtype=torch.uint8),  # 0 is row-major
-    }
+def _state_parts(
+    module: str, kind: str, scales: Scales, size: tuple[int, int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What lies beside a layer's packed weights, as bitsandbytes names it."""
+    import bitsandbytes.functional as functional
 
-
-def _quantize_four_bit(weight: Tensor, module: str, kind: str) -> dict[str, Tensor]:
-    values, state = functional.quantize_4bit(
-        weight, blocksize=_BLOCK, compress_statistics=True, quant_type=kind
+    nested = functional.QuantState(
+        absmax=scales.nested, code=scales.nested_map, blocksize=NESTED_BLOCK, dtype=torch.float32
     )
+    state = functional.QuantState(
+        absmax=scales.codes, shape=torch.Size(size), dtype=dtype, blocksize=BLOCK,
+        code=functional.get_4bit_type(kind, device="cpu"), quant_type=kind,
+        offset=scales.offset, state2=nested,
+    )  # fmt: skip
     parts = {f"{module}.{key}": value for key, value in state.as_dict(packed=True).items()}
     key = f"{module}.quant_state.bitsandbytes__{kind}"
-    length = _state_length(kind, tuple(weight.shape), weight.dtype)
-    text = bytes(parts[key].tolist()).ljust(length)  # JSON may end in spaces
-    return {**parts, module: values, key: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+    text = bytes(parts[key].tolist()).ljust(_state_length(kind, size, dtype))  # JSON may end so
+    return {**parts, key: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
 
 
 def _state_length(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -160,43 +211,11 @@ def _state_length(kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     before; so room is kept for the longest.
     """
     known = {
-        "quant_type": kind, "blocksize": _BLOCK, "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(shape), "nested_blocksize": _NESTED_BLOCK, "nested_dtype": "float32",
+        "quant_type": kind, "blocksize": BLOCK, "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape), "nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32",
         "nested_offset": 0,
     }  # fmt: skip
     return len(json.dumps(known)) + _FLOAT_TEXT
-
-
-def build_skeleton(config: Mapping[str, Any]) -> nn.Module:
-    """The architecture a config names, on the meta device.
-
-    Raises:
-        ModelError: transformers does not know it.
-    """
-    import transformers
-
-    named = str((config.get("architectures") or ["unknown"])[0])
-    cls = getattr(transformers, named, None)
-    if cls is None or not hasattr(cls, "config_class"):
-        raise ModelError("transformers does not know this architecture.", where="config.json",
-                         found=named)  # fmt: skip
-    with torch.device("meta"):
-        model: nn.Module = cls(cls.config_class.from_dict(dict(config)))
-    return model
-
-
-def _linears(skeleton: nn.Module, skip: list[str]) -> dict[str, bool]:
-    """Names of the layers transformers would quantize → whether their weight lies transposed."""
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    kept = [*skip, *(getattr(skeleton, "_keep_in_fp32_modules", None) or [])]
-    return {
-        name: isinstance(module, Conv1D)
-        for name, module in skeleton.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D))
-        and should_convert_module(name, kept)
-    }
 
 
 def write_bnb(
@@ -207,12 +226,12 @@ def write_bnb(
     write_shards(
         folder,
         plan.specs,
-        lambda name: [plan.produce(name)],
+        plan.produce,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
     changes = {
         "quantization_config": plan.quantization_config(),
-        ORIGINAL_KEY: plan.source.fingerprint(),
+        models.ORIGINAL_KEY: plan.source.fingerprint(),
     }
     write_config(plan.source, folder, **changes)

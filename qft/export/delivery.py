@@ -6,6 +6,7 @@ training saw it*, the artefact is read back from the disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,12 +19,26 @@ from qft import models
 from qft.adapter_folder import AdapterFolder, locate_adapter
 from qft.data.tasks import ExampleSet
 from qft.errors import RecipeError
-from qft.export.formats import require_known, write_format
+from qft.export.beside import BesideSubject, beside_bytes, locate_beside, write_beside
+from qft.export.delta_rounding import DeltaRounding
+from qft.export.formats import ExportReport, require_known, write_format
 from qft.export.proof import prove, rows_of
+from qft.export.right_base import (
+    BESIDE,
+    BaseChoice,
+    choose_base,
+    choose_for_bnb,
+    choose_plain,
+    is_stored_quantized,
+    may_measure,
+    require_word,
+    rounding_of,
+)
 from qft.export.stops import complete_stops
 from qft.export.subject import Subject, locate, of_adapter
 from qft.export.verify import FILE
-from qft.files import replace_folder, require_apart
+from qft.files import replace_folder, require_absent, require_apart
+from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
 from qft.progress import QUIET, Reporter, human_bytes
@@ -36,6 +51,7 @@ def merge(
     out: str | Path,
     *,
     base: str | None = None,
+    onto: str = "auto",
     dtype: str | None = None,
     verify: bool = False,
     data: str | None = None,
@@ -43,12 +59,14 @@ def merge(
     overwrite: bool = False,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
-    """Folds an adapter into its original base, streamed tensor by tensor.
+    """Folds an adapter into its base, streamed block by block of rows.
 
     Args:
         source: a run, a checkpoint or an adapter folder.
         out: the model folder to write.
         base: the base model, where it is not where the adapter remembers it.
+        onto: ``original``, ``dequantized`` (what training saw of a quantized base), or ``auto``:
+            whichever measures better on held-out rows.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps the base's.
         verify: compare with the adapter model on held-out rows.
         data: those rows; a run knows its own.
@@ -56,7 +74,8 @@ def merge(
         overwrite: replace what ``out`` holds; with ``verify`` only once the new one is proven.
 
     Returns:
-        What was written, with ``verification`` where it was asked for.
+        What was written; ``base``: which one was taken, why, and the losses that were measured;
+        with ``verification`` where it was asked for.
 
     Raises:
         VerificationError: the merged model is not the trained one; it stays in ``out`` to look at.
@@ -66,13 +85,15 @@ def merge(
         raise RecipeError(
             "No such dtype.", where="--dtype", found=dtype, fix=", ".join(models.DTYPES)
         )
+    require_word(onto)
     found = locate_adapter(source, base=base, strategy=strategy)
-    require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
     reference = of_adapter(found, str(source))
+    _require_place(reference, Path(out), overwrite)
     rows = _rows(reference, data, "without --verify") if verify else None
-    tensors = _open(found, models.DTYPES[dtype] if dtype else None)
+    choice = _choice(reference, found, onto, rows, data, reporter)
+    tensors = _open(found, models.DTYPES[dtype] if dtype else None, choice)
     stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
-    report: dict[str, Any] = {"out": str(out)}
+    report: dict[str, Any] = {"out": str(out), "base": choice.to_dict()}
     with _proven_first(Path(out), overwrite and verify) as target:
         with reporter.bar("merge", tensors.total_bytes()) as bar:
             written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
@@ -84,7 +105,8 @@ def merge(
                      f"{human_bytes(written)} in {target}")  # fmt: skip
         if rows is not None:
             format = _STORED_AS.get(stored, "safetensors:fp32")
-            report["verification"] = _prove(reference, rows, format, target, reporter)
+            artefact = locate(target, task=reference.spec.task)
+            report |= _proven(reference, artefact, rows, format, report, reporter)
     return report
 
 
@@ -94,6 +116,8 @@ def export(
     *,
     format: str,
     base: str | None = None,
+    onto: str = "auto",
+    fuse: bool = False,
     verify: bool = True,
     data: str | None = None,
     strategy: str | None = None,
@@ -106,39 +130,74 @@ def export(
         source: a run, an adapter, or a model folder.
         out: the folder to write.
         format: a key of ``qft.export.FORMATS``.
+        onto: as for :func:`merge`. A bnb format quantizes original and change together; where only
+            a quantized base is at hand, that is kept byte for byte, with the adapter beside it.
+        fuse: for a bnb format: quantize the dequantized base with the change in it; verified
+            always.
         verify: open the result and compare it with the model it was made from.
         data: rows to compare on; a run knows its own.
+
+    Returns:
+        What was written; ``base`` as for :func:`merge`; ``delta_rounding``: what a bnb format left
+        of the adapter's change (:mod:`qft.export.delta_rounding`); ``loss`` of the reference and
+        the result.
 
     Raises:
         VerificationError: the exported model lost more than its format may lose.
         QftError: anything else qft can explain; nothing is left half-written.
     """
     require_known(format)
+    require_word(onto)
+    if fuse:
+        _require_fusible(format, verify)
     reference = locate(source, base=base, strategy=strategy)
-    if found := reference.adapter:
-        require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
-        # rounded once, to the format's own numbers; bitsandbytes keeps the base's dtype beside them
-        tensors = _open(found, None if format.startswith("bnb:") else torch.float32)
-    else:
-        folder = reference.folder
-        models.check_folder(folder)
-        require_apart(Path(out), folder)
-        tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
+    _require_place(reference, Path(out), overwrite)
     rows = _rows(reference, data, "--no-verify") if verify else None
+    choice = _export_choice(reference, format, onto, fuse, rows, data, reporter)
     with _proven_first(Path(out), overwrite and verify) as target:
-        with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
-            written = write_format(
-                tensors, format, target, overwrite=overwrite, progress=bar.advance
-            )
-        tensors.close()
-        complete_stops(reference, target)
+        written = _write(reference, choice, format, target, overwrite, reporter)
+        beside = choice is not None and choice.onto == BESIDE
+        complete_stops(reference, target / "base" if beside else target)
         reporter.say(f"{format}: {human_bytes(written.bytes)} in {written.path}")
-        for note in written.notes:
+        notes = [*written.notes, *([_fused(written.delta_rounding)] if fuse else [])]
+        for note in notes:
             reporter.say(f"note: {note}")
-        report = {**asdict(written), "path": str(Path(out) / written.path.relative_to(target))}
+        report = {**asdict(written), "path": str(Path(out) / written.path.relative_to(target)),
+                  "notes": notes, "base": choice and choice.to_dict()}  # fmt: skip
         if rows is not None:
-            report["verification"] = _prove(reference, rows, format, written.path, reporter)
+            artefact = _artefact(choice, written.path, reference, strategy)
+            report |= _proven(reference, artefact, rows, format, report, reporter)
+        _say_losses(written.delta_rounding, report.get("loss"), reporter)
     return report
+
+
+def _require_fusible(format: str, verify: bool) -> None:
+    if not format.startswith("bnb:"):
+        raise RecipeError("--fuse is for the bnb formats, which round again.", where="--fuse",
+                          found=format, fix="--base dequantized")  # fmt: skip
+    if not verify:
+        raise RecipeError("What --fuse makes is always verified.", where="--fuse",
+                          found="--no-verify", fix="leave one of them out")  # fmt: skip
+
+
+def _fused(rounding: DeltaRounding | None) -> str:
+    """The warning that goes with a result of ``fuse``."""
+    figures = f": {rounding.text()}" if rounding is not None else ""
+    return (
+        "--fuse has rounded the adapter with weights that sit on the grid already, where a small "
+        f"change snaps back{figures}. Without --fuse nothing of it is lost"
+    )
+
+
+def _require_place(reference: Subject, out: Path, overwrite: bool) -> None:
+    """Refuses an output that is taken, or not apart from what it is made from."""
+    require_absent(out, overwrite=overwrite)
+    found = reference.adapter
+    if found is None:
+        models.check_folder(reference.folder)
+        require_apart(out, reference.folder)
+    else:
+        require_apart(out, found.base, found.folder, _run_of(found.folder))
 
 
 @contextmanager
@@ -157,11 +216,78 @@ def _run_of(adapter: Path) -> Path:
     return adapter.parent if (adapter.parent / "recipe.yaml").is_file() else adapter
 
 
-def _open(found: AdapterFolder, dtype: torch.dtype | None) -> MergedTensors:
+def _export_choice(
+    reference: Subject,
+    format: str,
+    onto: str,
+    fuse: bool,
+    rows: ExampleSet | None,
+    data: str | None,
+    reporter: Reporter,
+) -> BaseChoice | None:
+    """Which base an export is made from; None is a model without an adapter, as it is stored."""
+    found = reference.adapter
+    if found is None:
+        return choose_plain(reference.folder, format, onto, fuse)
+    if not format.startswith("bnb:"):
+        return _choice(reference, found, onto, rows, data, reporter)
+    choice = choose_for_bnb(found, format.removeprefix("bnb:"), onto, fuse)
+    choice.say(reporter)
+    return choice
+
+
+def _choice(
+    reference: Subject,
+    found: AdapterFolder,
+    onto: str,
+    rows: ExampleSet | None,
+    data: str | None,
+    reporter: Reporter,
+) -> BaseChoice:
+    """Which base to merge into, measured where there are two and held-out rows."""
+    if not may_measure(found, onto):
+        rows = None
+    elif rows is None and (data is not None or recipe_of(Path(reference.source)) is not None):
+        rows = _rows(reference, data, "--base original")
+    choice = choose_base(found, onto, rows, reporter)
+    choice.say(reporter)
+    return choice
+
+
+def _write(
+    reference: Subject,
+    choice: BaseChoice | None,
+    format: str,
+    target: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> ExportReport:
+    found = reference.adapter
+    if found is not None and choice is not None and choice.onto == BESIDE:
+        with reporter.bar(f"export {format}", beside_bytes(found)) as bar:
+            size = write_beside(found, target, overwrite=overwrite, progress=bar.advance)
+        return ExportReport(format, target, size, delta_rounding=DeltaRounding(0.0, 1.0))
+    if found is not None and choice is not None:
+        # rounded once, to the format's own numbers; bitsandbytes keeps the base's dtype beside them
+        tensors = _open(found, None if format.startswith("bnb:") else torch.float32, choice)
+    else:
+        folder = reference.folder
+        tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
+    with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
+        written = write_format(tensors, format, target, overwrite=overwrite, progress=bar.advance)
+    tensors.close()
+    return written
+
+
+def _open(found: AdapterFolder, dtype: torch.dtype | None, choice: BaseChoice) -> MergedTensors:
     skeleton = models.open_skeleton(found.base, found.spec())
+    rounding = None
+    if choice.onto == "dequantized" and not is_stored_quantized(found.base):
+        rounding = rounding_of(found, skeleton)
     tensors = open_source(
-        found.base, skeleton, adapter=found.folder, strategy=found.strategy, dtype=dtype
-    )
+        found.base, skeleton, adapter=found.folder, strategy=found.strategy, dtype=dtype,
+        rounding=rounding,
+    )  # fmt: skip
     tensors.config = {**tensors.config, models.TASK_KEY: found.task}
     return tensors
 
@@ -180,10 +306,46 @@ def _rows(subject: Subject, data: str | None, way_out: str) -> ExampleSet:
         ) from None
 
 
-def _prove(
-    reference: Subject, rows: ExampleSet, format: str, written: Path, reporter: Reporter
+def _artefact(
+    choice: BaseChoice | None, written: Path, reference: Subject, strategy: str | None
+) -> Subject:
+    if choice is not None and choice.onto == BESIDE:
+        return locate_beside(written, strategy)
+    return locate(written, task=reference.spec.task)
+
+
+def _proven(
+    reference: Subject,
+    artefact: Subject,
+    rows: ExampleSet,
+    format: str,
+    report: dict[str, Any],
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Compares reference and artefact; writes verification.json; raises past the thresholds."""
-    artefact = locate(written, task=reference.spec.task)
-    file = artefact.home / FILE
-    return prove(reference, artefact, rows, format=format, file=file, reporter=reporter)
+    also = {key: report[key] for key in ("base", "delta_rounding") if report.get(key)}
+    home = artefact.home.parent if isinstance(artefact, BesideSubject) else artefact.home
+    found = prove(reference, artefact, rows, format=format, file=home / FILE, also=also,
+                  reporter=reporter)  # fmt: skip
+    return {"verification": found, "loss": _losses(found)}
+
+
+def _losses(verification: dict[str, Any]) -> dict[str, float] | None:
+    """Mean loss of the held-out labels, of reference and result."""
+    both = {
+        "reference": verification["perplexity_reference"],
+        "result": verification["perplexity"],
+    }
+    if any(value is None for value in both.values()):
+        return None
+    return {key: math.log(value) for key, value in both.items()}
+
+
+def _say_losses(
+    rounding: DeltaRounding | None, loss: dict[str, float] | None, reporter: Reporter
+) -> None:
+    parts = [rounding.text()] if rounding is not None else []
+    if loss is not None:
+        parts.append(f"loss {loss['result']:.4f}, of the reference {loss['reference']:.4f}")
+    if parts:
+        reporter.say("; ".join(parts))

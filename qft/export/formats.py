@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qft.errors import RecipeError
+from qft.export.delta_rounding import DeltaRounding
 from qft.files import new_folder, require_absent, require_disk
 from qft.merging.merge import Progress, write_model
 from qft.merging.side_files import files_bytes
@@ -35,12 +36,14 @@ class ExportReport:
         path: the .gguf file, or the model folder.
         bytes: of the tensors on disk.
         notes: what a user should know, a sentence each.
+        delta_rounding: what a quantized format has left of an adapter's change.
     """
 
     format: str
     path: Path
     bytes: int
     notes: tuple[str, ...] = ()
+    delta_rounding: DeltaRounding | None = None
 
 
 def write_format(
@@ -90,7 +93,8 @@ def write_format(
         with new_folder(out, overwrite=overwrite) as folder:
             write_bnb(quantized, folder, max_shard_bytes,
                       _scaled(progress, quantized.bytes, total))  # fmt: skip
-        return ExportReport(format, out, quantized.bytes, tuple(quantized.notes))
+        return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
+                            quantized.delta_rounding())  # fmt: skip
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)

@@ -8,7 +8,7 @@ then the two models' answers on held-out rows, and a generation that must stop.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,7 @@ def prove(
     format: str,
     file: Path,
     layer_by_layer: bool | None = None,
+    also: Mapping[str, Any] | None = None,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
     """Compares two subjects, writes the figures, shows them, and raises past the thresholds.
@@ -141,6 +142,7 @@ def prove(
     Args:
         format: a key of THRESHOLDS.
         file: where to write; replaced as a whole.
+        also: what else is to be written there.
 
     Returns:
         What was written.
@@ -169,7 +171,8 @@ def prove(
         quantized=reference.held_as() != "none",
     )
     written = {**result.to_dict(), "dtype": str(way.dtype).removeprefix("torch."),
-               "rows": len(rows.examples), "layer_by_layer": way.layer_by_layer}  # fmt: skip
+               "rows": len(rows.examples), "layer_by_layer": way.layer_by_layer,
+               **(also or {})}  # fmt: skip
     write_json(file, written)
     for line in summary(result, texts=len(texts), stops=needed, tokenizer=tokenizer):
         reporter.say(line)

@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from qft import models
-from qft.errors import AdapterError, ModelError
+from qft.errors import AdapterError
 from qft.files import folder_bytes, new_folder, require_absent, require_disk, unfinished
 from qft.hardware import versions
+from qft.merging.rounded_base import BaseCheckpoint, RoundedBase, Rounding
 from qft.merging.side_files import copy_files, files_bytes, side_files
+from qft.merging.stored_base import open_stored
 from qft.merging.tensors import MergedTensors, ModuleTensors, TensorSource, tied_names
 from qft.shard_writer import MAX_SHARD_BYTES, write_shards
 from qft.shards import ShardedCheckpoint, tensor_bytes
@@ -40,25 +42,29 @@ def open_source(
     adapter: Path | None = None,
     strategy: Strategy | None = None,
     dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
 ) -> MergedTensors:
     """Opens a model folder, or a base with an adapter on it, for merge or export.
 
     Args:
-        base: folder of the (original, unquantized) model.
+        base: folder of the model; what is stored quantized is dequantized while it is read.
         skeleton: the model on the meta device as the task wants it, from
             :func:`qft.models.open_skeleton`.
         adapter: a saved adapter's folder.
         strategy: rebuilt from it.
         dtype: of the floating tensors; None keeps each one's own.
+        rounding: how training quantized an unquantized base, where the adapter is to be folded
+            into what training saw; None takes the weights as they are stored.
 
     Raises:
-        ModelError: the base is broken or stored quantized.
+        ModelError: the base is broken, or stored quantized by another than bitsandbytes.
         AdapterError: the adapter is for another base, or cannot be merged.
     """
     config = models.read_config(base)
-    refuse_quantized(base, config)
-    checkpoint = ShardedCheckpoint(base)
     names = models.module_names(base, skeleton)
+    checkpoint = _open_base(base, config, skeleton, names, rounding)
+    held = set(checkpoint.names())
+    names = {name: module for name, module in names.items() if name in held}
     tied = tied_names(skeleton, names)
     merge: Merge | None = None
     if adapter is not None:
@@ -87,17 +93,17 @@ def _require_mergeable(strategy: Strategy, adapter: Path) -> None:
         )
 
 
-def refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raises ModelError where a base is stored quantized: its rounding would be merged in."""
-    stored = config.get("quantization_config")
-    if stored:
-        method = stored.get("quant_method") if isinstance(stored, dict) else stored
-        raise ModelError(
-            "The base is stored quantized; merging into it would round the adapter away.",
-            where=folder,
-            found=f"quantization_config: {method}",
-            fix="name the unquantized model: --base ORIGINAL",
-        )
+def _open_base(
+    base: Path,
+    config: Mapping[str, Any],
+    skeleton: nn.Module,
+    names: Mapping[str, str],
+    rounding: Rounding | None,
+) -> BaseCheckpoint:
+    if config.get("quantization_config"):
+        return open_stored(base, config, skeleton, names)
+    checkpoint = ShardedCheckpoint(base)
+    return checkpoint if rounding is None else RoundedBase(checkpoint, rounding)
 
 
 def _merged_config(
@@ -107,7 +113,8 @@ def _merged_config(
     dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """The base's config with what the task's head, the adapter and the dtype change."""
-    values = {key: value for key, value in config.items() if key != "quantization_config"}
+    quantized = ("quantization_config", models.ORIGINAL_KEY)
+    values = {key: value for key, value in config.items() if key not in quantized}
     values["architectures"] = [type(skeleton).__name__]
     described: Any = getattr(skeleton, "config", None)
     if type(skeleton).__name__.endswith("ForSequenceClassification") and described is not None:

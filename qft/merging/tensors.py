@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qft.errors import AdapterError, ModelError
-from qft.shards import Fingerprint, ShardedCheckpoint, row_blocks, tensor_bytes
+from qft.merging.rounded_base import BaseCheckpoint
+from qft.shards import Fingerprint, row_blocks, tensor_bytes
 from qft.strategy import Merge, Rows
 
 
@@ -61,7 +62,7 @@ class ModuleTensors:
 
     def __init__(
         self,
-        checkpoint: ShardedCheckpoint,
+        checkpoint: BaseCheckpoint,
         names: Mapping[str, str],
         tied: Mapping[str, str] | None = None,
     ) -> None:
@@ -70,6 +71,11 @@ class ModuleTensors:
         for absent, present in (tied or {}).items():
             if present in self._stored:
                 self._stored.setdefault(absent, self._stored[present])
+
+    @property
+    def rounded(self) -> bool:
+        """See :class:`qft.strategy.BaseTensors`."""
+        return bool(self._checkpoint.rounded)
 
     def names(self) -> list[str]:
         """Every module name, tied ones included."""
@@ -116,7 +122,7 @@ class MergedTensors:
 
     def __init__(
         self,
-        base: ShardedCheckpoint,
+        base: BaseCheckpoint,
         names: Mapping[str, str],
         merge: Merge | None = None,
         *,
@@ -207,36 +213,44 @@ class MergedTensors:
         """The merged value in blocks of rows; see :meth:`read`."""
         shape = self.shape(name)
         for part in row_blocks(shape):
-            block = rounded(name, self._block(name, part), self.dtype(name))
-            if part.start == 0:
-                self._fingerprint.add_tensor(name, block, shape)
-            yield block
+            yield self.as_stored(name, self.pair(name, part)[1], part)
 
-    def _block(self, name: str, part: slice) -> Tensor:
-        """Some rows as they are computed; a tensor without rows is its own one block."""
+    def as_stored(self, name: str, block: Tensor, part: slice) -> Tensor:
+        """Rows from :meth:`pair` as they are to be stored."""
+        result = rounded(name, block, self.dtype(name))
+        if part.start == 0:
+            self._fingerprint.add_tensor(name, result, self.shape(name))
+        return result
+
+    def pair(self, name: str, part: slice) -> tuple[Tensor | None, Tensor]:
+        """Some rows of the base, and what becomes of them before rounding: the same object or not.
+
+        The base's are None where the adapter adds or replaces the tensor.
+        """
         module = self._modules[name]
         if module in self._added:
             self.changed.add(name)
             added = self._added[module]
-            return added if isinstance(added, Tensor) and not added.shape else added[part]
+            return None, added if isinstance(added, Tensor) and not added.shape else added[part]
         if self._base.shape(name):
             stored = self._base.read_rows(name, range(part.start, part.stop))
         else:
             stored = self._base.read(name)
         if self._merge is None:
-            return stored
+            return stored, stored
         merged = self._merge.edit(module, stored, part.start)
         if merged is not stored:
             self.changed.add(name)
-        return merged
+        return stored, merged
 
     def made_from(self) -> list[tuple[str, int, int]]:
-        """See :class:`TensorSource`."""
-        return described([*self._base.files(), *self._sources])
+        """See :class:`TensorSource`; how the base is rounded decides the bytes as well."""
+        rounded = [(self._base.rounded, 0, 0)] if self._base.rounded else []
+        return rounded + described([*self._base.files(), *self._sources])
 
     def fingerprint(self) -> str:
         """Of the base as it is, or of the folder a merge would write, once all of it was read."""
-        if self._merge is None and self._dtype is None:
+        if self._merge is None and self._dtype is None and not self._base.rounded:
             return self._base.fingerprint()
         return self._fingerprint.text()
 
