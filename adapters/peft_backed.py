@@ -190,5 +190,5 @@ def compare_tensors(
 
 
 def module_name(tensor_name: str) -> str:
-    """PEFT's tensor name without its wrapper's prefix."""
-    return tensor_name.removeprefix(_PREFIX)
+    """PEFT's tensor name without its wrapper's prefix and its name for a module trained whole."""
+    return tensor_name.removeprefix(_PREFIX).replace(".modules_to_save.", ".")

@@ -46,7 +46,7 @@ _PLACES = """
     distillation.lesson_coding distillation.lesson_store distillation.kept
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
     distillation.cached distillation.teacher_texts distillation.teach
-    merging.side_files merging.tensors merging.merge
+    merging.side_files merging.tensors merging.tied merging.merge
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
