@@ -100,8 +100,12 @@ def locate_adapter(
     if folder is None:
         named = [held.name for held in _named_by_peft(path)]
         if named:
-            raise AdapterError("There are several adapters here.", where=path,
-                               found=", ".join(named[:8]), fix=f"name one: {path / named[0]}")  # fmt: skip
+            raise AdapterError(
+                "There are several adapters here.",
+                where=path,
+                found=", ".join(named[:8]),
+                fix=f"name one: {path / named[0]}",
+            )
         interrupted = path / "checkpoints"
         resume = f"qft train {shlex.quote(str(path / 'recipe.yaml'))} --resume"
         raise AdapterError(

@@ -74,25 +74,29 @@ def fit_config(
     apart = [pair for pair in tied.items() if _differ(merge, base, *pair)]
     changes = _changes(skeleton, merge) | ({_TIE: False} if apart else {})
     if not changes:
+        _require_shapes(skeleton, merge, {*names.values(), *tied, *merge.added()})
         return dict(config), dict(tied)
     if apart and config.get("model_type") in _SCALED_WHEN_TIED:
         raise _inexpressible(apart[0], config)
     fitted = _rebuilt(skeleton, changes)
-    for name, tensor in merge.added().items():
-        found = fitted.state_dict().get(name)
-        if found is not None and tuple(found.shape) != tuple(tensor.shape):
-            raise AdapterError(
-                "The adapter holds a tensor of a shape that no config of this model gives it.",
-                where=name,
-                found=f"adapter {tuple(tensor.shape)}, model {tuple(found.shape)}",
-                fix="name the base model it was trained on",
-            )
+    _require_shapes(fitted, merge, {*names.values(), *tied, *merge.added()})
     still = tied_names(fitted, names)
     kept = {absent: present for absent, present in tied.items() if still.get(absent) == present}
     for pair in apart:
         if pair[0] in kept:
             raise _inexpressible(pair, config)
     return {**config, **changes}, kept
+
+
+def _require_shapes(fitted: nn.Module, merge: Merge, names: set[str]) -> None:
+    for name, tensor in fitted.state_dict().items():
+        if name in names and tuple(merge.shape(name)) != tuple(tensor.shape):
+            raise AdapterError(
+                "The merged model holds a tensor of a shape that no config of this model gives it.",
+                where=name,
+                found=f"merged {tuple(merge.shape(name))}, model {tuple(tensor.shape)}",
+                fix="name the base model it was trained on, or train heads and embeddings together",
+            )
 
 
 def require_complete(
