@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from qft.shards import StoredTensor
 
-_VOCABULARY = ("embed_tokens", "lm_head")  # what PEFT saves whole where words were added to it
+# what PEFT saves whole where words were added
+_VOCABULARY = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings")
 _Part = TypeVar("_Part")
 
 
@@ -72,8 +73,9 @@ class LowRankMerge:
         found = self._shapes.get(name, ())
         places = name.split(".")
         resized = len(places) > 1 and places[-2] in _VOCABULARY and found[1:] == shape[1:]
-        if not (resized or self._parts.heads & set(places)):
-            self._require(name, shape)
+        new = bool(self._parts.heads & set(places))
+        if not (resized or new) and found != shape:
+            raise self._another_base(name, shape)
 
     def _require_bias(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._shapes:

@@ -384,13 +384,11 @@ def test_a_vocabulary_with_more_words(tmp_path, bases, kind, how):
         settings["modules_to_save"] = [word, "lm_head"]
     elif how == "low rank":
         settings["target_modules"] += [word]
-    if kind == "gpt2" and how == "saved beside":
-        pytest.skip("PEFT knows no name of GPT-2's embeddings, and saves none")
     model = get_peft_model(plain, Case(kind, settings).make())
     stir(model)
     model.eval()
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=how != "trained whole")
-    if how == "low rank":  # PEFT does not save the head's new rows
+    if how == "low rank" and kind != "gpt2":  # PEFT does not save the head's new rows
         with pytest.raises(AdapterError, match=r"no config of this model|another base"):
             opened(base, tmp_path / "adapter")
         return

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from qft import hardware, models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.data.tasks import TASKS, ExampleSet, Task, pad_id
-from qft.errors import RecipeError
+from qft.errors import Interrupted, RecipeError
 from qft.export.formats import require_known, write_format
 from qft.export.verify import THRESHOLDS, Thresholds, read_back
 from qft.export.verify import verify as compare
-from qft.files import replace_folder, require_apart
+from qft.files import replace_folder, require_apart, restore_former
 from qft.held_out import held_out_examples
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
@@ -146,12 +146,18 @@ def export(
 @contextmanager
 def _proven_first(out: Path, wait: bool) -> Iterator[Path]:
     """Where to write: with ``wait`` beside a former artefact, which stays until the proof."""
-    if not (wait and out.exists()):
-        yield out
-        return
-    unproven = out.with_name(f"{out.name}.unproven")
-    yield unproven
-    replace_folder(unproven, out)
+    restore_former(out)
+    target = out.with_name(f"{out.name}.unproven") if wait and out.exists() else out
+    try:
+        yield target
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped before the model was complete; what is written is kept.",
+            where=out,
+            fix="the same command goes on",
+        ) from None
+    if target != out:
+        replace_folder(target, out)
 
 
 def _run_of(adapter: Path) -> Path:
