@@ -81,6 +81,12 @@ class BaseTensors(Protocol):
     def read_columns(self, name: str, columns: range) -> Tensor:
         """Some neighbouring columns of a matrix, ``[rows, len(columns)]``."""
 
+    def transposed(self, name: str) -> bool:
+        """Whether a layer's weight is stored ``[in, out]``, as GPT-2's Conv1D does."""
+
+    def shared(self, name: str) -> Sequence[str]:
+        """The other names of a tensor that the base ties to them."""
+
 
 class Rows(Protocol):
     """A tensor whose rows are had by slicing: a torch tensor, or one that lies in a file."""
@@ -109,7 +115,9 @@ class Merge(Protocol):
     def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         """The merged value of the rows of base tensor `name` that begin with row `start`.
 
-        Where nothing changes in them, the very same object. What is computed is float32.
+        Where nothing changes in them, the very same object. What is computed is float32. A tensor
+        that the base ties is asked for by each of its names: where they are no longer the same,
+        the merged model is untied.
         """
 
     def added(self) -> Mapping[str, Rows]:

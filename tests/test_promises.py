@@ -47,7 +47,7 @@ _PLACES = """
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
     distillation.cached distillation.teacher_texts distillation.teach
     merging.side_files merging.bnb_rounding merging.rounded_base merging.stored_base
-    merging.tensors merging.merge quantized_linears layer_weights layer_stream
+    merging.tensors merging.tied merging.merge quantized_linears layer_weights layer_stream
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan

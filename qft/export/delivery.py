@@ -18,7 +18,7 @@ import torch
 from qft import models
 from qft.adapter_folder import AdapterFolder, locate_adapter
 from qft.data.tasks import ExampleSet
-from qft.errors import RecipeError
+from qft.errors import Interrupted, RecipeError
 from qft.export.beside import BesideSubject, beside_bytes, locate_beside, write_beside
 from qft.export.delta_rounding import DeltaRounding
 from qft.export.formats import ExportReport, require_known, write_format
@@ -37,7 +37,7 @@ from qft.export.right_base import (
 from qft.export.stops import complete_stops
 from qft.export.subject import Subject, locate, of_adapter
 from qft.export.verify import FILE
-from qft.files import replace_folder, require_absent, require_apart
+from qft.files import replace_folder, require_absent, require_apart, restore_former
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
@@ -203,12 +203,18 @@ def _require_place(reference: Subject, out: Path, overwrite: bool) -> None:
 @contextmanager
 def _proven_first(out: Path, wait: bool) -> Iterator[Path]:
     """Where to write: with ``wait`` beside a former artefact, which stays until the proof."""
-    if not (wait and out.exists()):
-        yield out
-        return
-    unproven = out.with_name(f"{out.name}.unproven")
-    yield unproven
-    replace_folder(unproven, out)
+    restore_former(out)
+    target = out.with_name(f"{out.name}.unproven") if wait and out.exists() else out
+    try:
+        yield target
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped before the model was complete; what is written is kept.",
+            where=out,
+            fix="the same command goes on",
+        ) from None
+    if target != out:
+        replace_folder(target, out)
 
 
 def _run_of(adapter: Path) -> Path:

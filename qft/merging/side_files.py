@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from qft.errors import ModelError
 from qft.shards import inside
 
 _TOKENIZER = (
@@ -50,9 +51,19 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copies contents, not links or modes, into ``folder``."""
+    """Copies contents, not links or modes, into ``folder``.
+
+    Raises:
+        ModelError: one cannot be read.
+    """
     for name, path in files.items():
-        shutil.copyfile(path, folder / name)
+        try:
+            source = path.open("rb")
+        except OSError as error:
+            raise ModelError("A file of the model cannot be read.", where=path,
+                             found=error.strerror) from None  # fmt: skip
+        with source, (folder / name).open("wb") as target:
+            shutil.copyfileobj(source, target)
         (folder / name).chmod(_MODE)
 
 
