@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -43,6 +44,8 @@ from qft.strategy import BaseTensors, Context, Merge, Needs
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
+
+    from qft.lean.combining import Combination
 
 # What a PEFT LoRA folder may say that this strategy has no setting for; set, it must not be lost.
 _UNKNOWN_FEATURES = (
@@ -239,6 +242,14 @@ class LoRA(PeftStrategy):
         return LowRankMerge(
             parts, base, folder, transposed=transposed, keep_zeros=bool(values.get(MARK))
         )
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes one LoRA folder for several, as PEFT's ``add_weighted_adapter`` makes it."""
+        from adapters.low_rank_combine import combine_lora
+
+        for folder in folders:
+            _refuse_unknown(read_config(folder, "LORA") or {}, folder)
+        combine_lora(folders, how, out)
 
 
 def _refuse_unknown(values: dict[str, Any], folder: Path) -> None:

@@ -234,7 +234,7 @@ def lora_parts(
         target, found, part = name.partition(".lora_")
         if found and part == "B.weight" and f"{target}.lora_A.weight" in named:
             down = named[f"{target}.lora_A.weight"]
-            scale = _scale(target, tensor, down, values, rank_stabilised, folder)
+            scale = update_scale(target, tensor, down, values, folder)
             magnitude = named.get(f"{target}.lora_magnitude_vector")
             updates[f"{target}.weight"] = Update(tensor, down, scale, magnitude)
         elif name.endswith(".token_adapter.trainable_tokens_delta"):
@@ -273,14 +273,14 @@ def less_first(parts: Parts, first: Mapping[str, Rows], folder: Path) -> Parts:
     return replace(parts, updates=updates)
 
 
-def _scale(
-    target: str,
-    up: Rows,
-    down: Rows,
-    values: Mapping[str, Any],
-    rank_stabilised: bool,
-    folder: Path,
+def update_scale(
+    target: str, up: Rows, down: Rows, values: Mapping[str, Any], folder: Path
 ) -> float:
+    """What ``up @ down`` of a layer is multiplied with.
+
+    Raises:
+        AdapterError: the matrices are not of the rank that the config says.
+    """
     rank = _by_pattern(target, values.get("rank_pattern"), values["r"])
     if not up.shape[1] == down.shape[0] == rank:
         raise AdapterError(
@@ -289,7 +289,7 @@ def _scale(
             found=f"{up.shape[1]} and {down.shape[0]}, config {rank}",
         )
     alpha = _by_pattern(target, values.get("alpha_pattern"), values["lora_alpha"])
-    return float(alpha / (rank**0.5 if rank_stabilised else rank))
+    return float(alpha / (rank**0.5 if values.get("use_rslora") else rank))
 
 
 def _by_pattern(target: str, pattern: Mapping[str, Any] | None, otherwise: Any) -> Any:

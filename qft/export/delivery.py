@@ -7,7 +7,7 @@ training saw it*, the artefact is read back from the disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from qft.files import replace_folder, require_apart
 from qft.held_out import held_out_examples
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
+from qft.merging.together import combine_folders, located
 from qft.progress import QUIET, Bar, Reporter, human_bytes
 from qft.shards import ShardedCheckpoint
 
@@ -35,7 +36,7 @@ _BATCH = 8  # examples a comparison batch
 
 
 def merge(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     base: str | None = None,
@@ -43,19 +44,22 @@ def merge(
     verify: bool = False,
     data: str | None = None,
     strategy: str | None = None,
+    combine: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
-    """Folds an adapter into its original base, streamed tensor by tensor.
+    """Folds an adapter, or several together, into the original base, streamed tensor by tensor.
 
     Args:
-        source: a run, a checkpoint or an adapter folder.
+        source: a run, a checkpoint or an adapter folder; or several, of one base and task.
         out: the model folder to write.
         base: the base model, where it is not where the adapter remembers it.
         dtype: ``bfloat16``, ``float16`` or ``float32``; None keeps the base's.
         verify: compare with the adapter model on held-out rows.
         data: those rows; a run knows its own.
         strategy: a third party's strategy, by name.
+        combine: how several become one: see :func:`qft.merging.together.located`; with
+            ``adapter_only`` their adapter is written, and no model.
         overwrite: replace what ``out`` holds; with ``verify`` only once the new one is proven.
 
     Returns:
@@ -69,13 +73,30 @@ def merge(
         raise RecipeError(
             "No such dtype.", where="--dtype", found=dtype, fix=", ".join(models.DTYPES)
         )
-    found = locate_adapter(source, base=base, strategy=strategy)
-    require_apart(Path(out), found.base, found.folder, _run_of(found.folder))
-    rows = _rows(found, Path(source), data, "without --verify") if verify else None
+    chosen = dict(combine or {})
+    if chosen.pop("adapter_only", False):
+        return combine_folders(source, out, chosen, base=base, strategy=strategy,
+                               overwrite=overwrite, reporter=reporter)  # fmt: skip
+    with located(source, out, chosen, base=base, strategy=strategy) as found:
+        first = Path(source if isinstance(source, (str, Path)) else source[0])
+        rows = _rows(found, first, data, "without --verify") if verify else None
+        return _merge(found, Path(out), dtype, rows, overwrite, reporter)
+
+
+def _merge(
+    found: AdapterFolder,
+    out: Path,
+    dtype: str | None,
+    rows: ExampleSet | None,
+    overwrite: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Writes the merged model, and compares it where there are rows."""
+    require_apart(out, found.base, found.folder, _run_of(found.folder))
     tensors = _open(found, models.DTYPES[dtype] if dtype else None)
     stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
     report: dict[str, Any] = {"out": str(out)}
-    with _proven_first(Path(out), overwrite and verify) as target:
+    with _proven_first(out, overwrite and rows is not None) as target:
         with reporter.bar("merge", tensors.total_bytes()) as bar:
             written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
         tensors.close()

@@ -74,7 +74,8 @@ def open_source(
         dtype=dtype,
         config=_merged_config(config, skeleton, merge, dtype),
         files=side_files(base, adapter),
-        sources=sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else (),
+        sources=strategy.files(adapter) if adapter and strategy else (),
+        settings=repr(strategy),
     )
 
 

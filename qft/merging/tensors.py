@@ -112,6 +112,7 @@ class MergedTensors:
         config: the result's config.json.
         files: the result's tokenizer and generation files.
         sources: the adapter's files.
+        settings: what else decides the result, as text.
     """
 
     def __init__(
@@ -125,9 +126,10 @@ class MergedTensors:
         config: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         sources: Sequence[Path] = (),
+        settings: str = "",
     ) -> None:
         self._base, self._merge, self._dtype = base, merge, dtype
-        self._sources = list(sources)
+        self._sources, self._settings = list(sources), settings
         self._tied = dict(tied or {})
         # not copied: they lie in a file
         self._added: Mapping[str, Rows] = merge.added() if merge is not None else {}
@@ -232,7 +234,7 @@ class MergedTensors:
 
     def made_from(self) -> list[tuple[str, int, int]]:
         """See :class:`TensorSource`."""
-        return described([*self._base.files(), *self._sources])
+        return [*described([*self._base.files(), *self._sources]), (self._settings, 0, 0)]
 
     def fingerprint(self) -> str:
         """Of the base as it is, or of the folder a merge would write, once all of it was read."""

@@ -1,0 +1,167 @@
+"""Several adapters as one merge: their updates are combined block by block, on the weights.
+
+An adapter's update of some rows is what its own merge makes of them, less the rows. So every kind
+of adapter that can be merged can be combined with every other, and whatever works on a merge works
+on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft.errors import AdapterError
+from qft.lean.combining import Combination, combined_rows
+from qft.lean.magnitudes import smallest_kept
+from qft.shards import BLOCK_NUMBERS, row_blocks
+from qft.strategy import BaseTensors, Merge, Rows
+
+
+class SeveralMerge:
+    """A :class:`qft.strategy.Merge` made of merges.
+
+    Args:
+        merges: of one base, opened.
+        how: its method must be one that needs no factors.
+        base: the tensors the merges were opened on.
+
+    Raises:
+        AdapterError: they add tensors that do not fit together.
+    """
+
+    def __init__(self, merges: Sequence[Merge], how: Combination, base: BaseTensors) -> None:
+        self._merges, self._how, self._base = list(merges), how, base
+        self._shapes = {name: base.shape(name) for name in base.names()}
+        self._own = [merge.added() for merge in merges]
+        self._thresholds: dict[str, list[float]] = {}  # by tensor; a number an adapter
+        # what has no counterpart in the base has no update either
+        names = [name for own in self._own for name in own]
+        self._new = {name: self._mean(name) for name in dict.fromkeys(names) if self._is_new(name)}
+        self._changes = _agreed([merge.config_changes() for merge in merges])
+
+    def _is_new(self, name: str) -> bool:
+        shapes = {tuple(own[name].shape) for own in self._own if name in own}
+        return shapes != {self._shapes.get(name)}
+
+    def _mean(self, name: str) -> Rows:
+        """A tensor the base has not, or not in this shape: the weighted mean of the adapters'."""
+        held = [(weight, own[name])
+                for weight, own in zip(self._how.weights, self._own, strict=True)
+                if name in own]  # fmt: skip
+        if len(held) == 1:
+            return held[0][1]
+        shapes = sorted({tuple(rows.shape) for _, rows in held})
+        total = sum(weight for weight, _ in held)
+        if len(shapes) > 1 or total <= 0:
+            raise AdapterError(
+                "A tensor that the base has not cannot be made of the adapters' own.",
+                where=name,
+                found=" and ".join(map(str, shapes)) if len(shapes) > 1
+                else f"weights that add up to {total:g}: there is no mean of them",
+                fix="merge adapters of the same classes, with weights that add up to more than 0",
+            )  # fmt: skip
+        return _Mean(tuple((weight / total, rows) for weight, rows in held))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a merged tensor."""
+        return tuple(self._new[name].shape) if name in self._new else self._shapes[name]
+
+    def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
+        """The rows with the combined update, float32; themselves where no adapter changes them."""
+        if not rows.shape:
+            parts = self._parts(name, rows, start)
+            return rows.float() + combined_rows(
+                {n: part[None] for n, part in parts.items()}, self._how, name,
+                thresholds=self._kept(name),
+            )[0] if parts else rows  # fmt: skip
+        result = rows
+        for block in self._blocks(rows.shape):
+            parts = self._parts(name, rows[block], start + block.start)
+            if not parts:
+                continue
+            if result is rows:
+                result = rows.float().clone()
+            result[block] += combined_rows(
+                parts, self._how, name, start=start + block.start, thresholds=self._kept(name)
+            )
+        return result
+
+    def _blocks(self, shape: Sequence[int]) -> Iterator[slice]:
+        """Small enough that all adapters' updates and what is made of them take about a block."""
+        return row_blocks(shape, BLOCK_NUMBERS // (4 * len(self._merges)))
+
+    def _parts(self, name: str, rows: Tensor, start: int) -> dict[int, Tensor]:
+        """By number, the updates of some rows by the adapters that change them."""
+        parts = {}
+        for number, (merge, own) in enumerate(zip(self._merges, self._own, strict=True)):
+            if name in own:
+                edited = own[name][start : start + len(rows)] if rows.shape else own[name][:]
+            else:
+                edited = merge.edit(name, rows, start)
+            if edited is not rows:
+                parts[number] = edited.float() - rows.float()
+        return parts
+
+    def _kept(self, name: str) -> Sequence[float]:
+        """By number, the smallest magnitude that is kept of each adapter's update of a tensor."""
+        if not self._how.by_magnitude:
+            return ()
+        if name not in self._thresholds:
+            shape = self._shapes[name]
+            size = torch.Size(shape).numel()
+            kept = int((self._how.density or 1.0) * size)
+            self._thresholds[name] = smallest_kept(
+                lambda: self._pass(name), len(self._merges), kept
+            )
+        return self._thresholds[name]
+
+    def _pass(self, name: str) -> Iterator[Mapping[int, Tensor]]:
+        """The updates of one tensor from its first row to its last."""
+        shape = self._shapes[name]
+        if not shape:
+            yield self._parts(name, self._base.read(name), 0)
+            return
+        for block in self._blocks(shape):
+            rows = self._base.read_rows(name, range(block.start, block.stop))
+            yield self._parts(name, rows, block.start)
+
+    def added(self) -> Mapping[str, Rows]:
+        """Trained heads of which the base has none, or none of this width."""
+        return self._new
+
+    def config_changes(self) -> Mapping[str, Any]:
+        """What any of them sets."""
+        return self._changes
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The weighted mean of tensors, computed where it is read."""
+
+    held: tuple[tuple[float, Rows], ...]  # the weights add up to 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.held[0][1].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        parts = [tensor[rows].float() * weight for weight, tensor in self.held]
+        return torch.stack(parts).sum(0)
+
+
+def _agreed(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    agreed: dict[str, Any] = {}
+    for change in changes:
+        for key, value in change.items():
+            if agreed.setdefault(key, value) != value:
+                raise AdapterError("The adapters want different settings of the merged model.",
+                                   where=key, found=f"{agreed[key]} and {value}")  # fmt: skip
+    return agreed
