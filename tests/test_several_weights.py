@@ -104,7 +104,7 @@ def test_equals_the_plain_reference_in_blocks_of_any_size(
     updates, weights = random_updates(), (0.75, -0.5, 1.0)
     base = Base({NAME: torch.ones(37, 19), "other": torch.ones(4)})
     how = Combination(weights, method, density, majority_sign=sign, seed=7)
-    monkeypatch.setattr(several, "BLOCK_NUMBERS", rows_a_block * 12 * 19)
+    monkeypatch.setattr(several, "BLOCK_NUMBERS", rows_a_block * 6 * 19)
     merge = SeveralMerge([Sum(base, {NAME: u}) for u in updates], how, base)
     asked = 2 * rows_a_block + 1  # the caller's blocks are others
     found = torch.cat([

@@ -113,14 +113,18 @@ def add_up(parts: Sequence[Tensor], weights: Sequence[float], how: Combination) 
         parts: float32, of one shape, their values already dropped.
         weights: one a part; may be what stands beside ``how``'s own (a factor's share of them).
     """
-    stacked = torch.stack(list(parts))
-    weighted = stacked * torch.tensor(list(weights)).reshape(-1, *(1,) * (stacked.dim() - 1))
+    weighted = [part * weight for part, weight in zip(parts, weights, strict=True)]
     if not how.plain.endswith("ties"):
-        return weighted.sum(0)
-    signs = stacked.sign()
-    elected = (stacked if how.majority_sign == "total" else signs).sum(0)
-    agree = signs == torch.where(elected >= 0, 1.0, -1.0)
-    return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1.0)
+        return _sum(weighted)
+    votes = _sum(parts if how.majority_sign == "total" else [part.sign() for part in parts])
+    elected = votes.ge_(0).mul_(2).sub_(1)
+    agree = [part.sign() == elected for part in parts]
+    total = _sum([torch.where(here, part, 0) for here, part in zip(agree, weighted, strict=True)])
+    return total.div_(_sum([here.to(total.dtype) for here in agree]).clamp_(min=1))
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)  # in the order in which PEFT's sum adds
 
 
 def kept_largest(tensor: Tensor, density: float) -> Tensor:

@@ -84,26 +84,26 @@ class SeveralMerge:
             if not parts:
                 continue
             if result is rows:
-                result = rows.float().clone()
+                result = torch.empty_like(rows, dtype=torch.float32).copy_(rows)
             result[block] += combined_rows(
                 parts, self._how, name, start=start + block.start, thresholds=self._kept(name)
             )
         return result
 
     def _blocks(self, shape: Sequence[int]) -> Iterator[slice]:
-        """Small enough that all adapters' updates and what is made of them take about a block."""
-        return row_blocks(shape, BLOCK_NUMBERS // (4 * len(self._merges)))
+        """Small enough that the updates and what is made of them take about two blocks."""
+        return row_blocks(shape, BLOCK_NUMBERS // (2 * len(self._merges)))
 
     def _parts(self, name: str, rows: Tensor, start: int) -> dict[int, Tensor]:
         """By number, the updates of some rows by the adapters that change them."""
-        parts = {}
+        parts, before = {}, rows.float()
         for number, (merge, own) in enumerate(zip(self._merges, self._own, strict=True)):
             if name in own:
                 edited = own[name][start : start + len(rows)] if rows.shape else own[name][:]
             else:
                 edited = merge.edit(name, rows, start)
             if edited is not rows:
-                parts[number] = edited.float() - rows.float()
+                parts[number] = edited.float() - before
         return parts
 
     def _kept(self, name: str) -> Sequence[float]:
