@@ -53,7 +53,7 @@ def decomposed(
 
     A weighted sum alone is decomposed by its factors, with no more memory than they take. What
     drops values, or clamps, forms the layer's update, ``[out, in]`` in float32, and decomposes it:
-    about five times its bytes.
+    about seven times its bytes.
     """
     if how.sparse or how.svd_clamp is not None:
         return _of_dense(_dense(name, updates, how), how, rank)

@@ -313,3 +313,70 @@ def test_the_command_line_combines(base_folder, tmp_path):
         app, ["merge", str(a), "--density", "0.5", "--out", str(tmp_path / "x")]
     )
     assert isinstance(done.exception, RecipeError)
+
+
+@pytest.mark.parametrize("settings", [{"method": "ties", "density": 0.5}, {"method": "svd"}])
+def test_what_several_make_is_verified_like_one_adapter(base_folder, tmp_path, settings):
+    """The reference is made in memory; a file that says something else is found out."""
+    import qft
+    from qft.errors import VerificationError
+    from qft.export import delivery
+
+    folders = [save(base_folder, tmp_path / "a", 1, **PLAIN),
+               save(base_folder, tmp_path / "b", 2, **PLAIN)]  # fmt: skip
+    rows = tmp_path / "rows.txt"
+    rows.write_text("the cat sat on the mat\nit was a good time\n" * 4, encoding="utf-8")
+    options = {"verify": True, "data": str(rows), "combine": settings}
+    report = qft.merge(folders, tmp_path / "out", **options)
+    assert report["verification"]["top1"] == 1
+    assert report["verification"]["mean_kl"] < 1e-6
+    written = delivery.write_model
+
+    def twice(tensors, out, **told):
+        """As if one adapter had been merged twice."""
+        edit = tensors._merge.edit
+        tensors._merge.edit = lambda name, part, start=0: edit(
+            name, edit(name, part, start), start
+        )  # fmt: skip
+        return written(tensors, out, **told)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delivery, "write_model", twice)
+        with pytest.raises(VerificationError):
+            qft.merge(folders, tmp_path / "wrong", **options)
+
+
+def test_a_merge_of_several_goes_on_where_it_was_killed_only_with_the_same_settings(
+    base_folder, tmp_path, monkeypatch
+):
+    import qft
+    from qft import write_journal
+    from qft.files import unfinished
+    from qft.merging.tensors import MergedTensors
+
+    folders = [save(base_folder, tmp_path / "a", 1, **PLAIN),
+               save(base_folder, tmp_path / "b", 2, **OTHER)]  # fmt: skip
+    ties = {"method": "ties", "density": 0.5, "weights": [1, 1]}
+    qft.merge(folders, tmp_path / "whole", combine=ties)
+    wanted = (tmp_path / "whole/model.safetensors").read_bytes()
+    blocks = MergedTensors.blocks
+    monkeypatch.setattr(write_journal, "_EVERY_BYTES", 1)
+    for later, goes_on in ((ties, True), ({**ties, "weights": [1, -1]}, False)):
+        made: list[str] = []
+
+        def counted(self, name, stop=None, made=made):
+            if stop is not None and len(made) == stop:
+                raise KeyboardInterrupt
+            made.append(name)
+            return blocks(self, name)
+
+        monkeypatch.setattr(MergedTensors, "blocks", lambda s, n, c=counted: c(s, n, 9))
+        with pytest.raises(KeyboardInterrupt):
+            qft.merge(folders, tmp_path / "out", combine=ties, overwrite=True)
+        assert unfinished(tmp_path / "out").is_dir()
+        made.clear()
+        monkeypatch.setattr(MergedTensors, "blocks", lambda s, n, c=counted: c(s, n))
+        qft.merge(folders, tmp_path / "out", combine=later, overwrite=True)
+        found = (tmp_path / "out/model.safetensors").read_bytes()
+        assert (found == wanted) == goes_on
+        assert (len(made) < 20) == goes_on

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qft.errors import AdapterError
 from qft.lean.combining import Combination, combined_rows
 from qft.lean.magnitudes import smallest_kept
 from qft.shards import BLOCK_NUMBERS, row_blocks
-from qft.strategy import BaseTensors, Merge, Rows
+from qft.strategy import BaseTensors, Context, Merge, Needs, Rows, Strategy
 
 
 class SeveralMerge:
@@ -73,11 +74,8 @@ class SeveralMerge:
     def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         """The rows with the combined update, float32; themselves where no adapter changes them."""
         if not rows.shape:
-            parts = self._parts(name, rows, start)
-            return rows.float() + combined_rows(
-                {n: part[None] for n, part in parts.items()}, self._how, name,
-                thresholds=self._kept(name),
-            )[0] if parts else rows  # fmt: skip
+            parts = {n: part[None] for n, part in self._parts(name, rows, start).items()}
+            return rows.float() + self._combined(name, parts, 0)[0] if parts else rows
         result = rows
         for block in self._blocks(rows.shape):
             parts = self._parts(name, rows[block], start + block.start)
@@ -85,10 +83,12 @@ class SeveralMerge:
                 continue
             if result is rows:
                 result = torch.empty_like(rows, dtype=torch.float32).copy_(rows)
-            result[block] += combined_rows(
-                parts, self._how, name, start=start + block.start, thresholds=self._kept(name)
-            )
+            result[block] += self._combined(name, parts, start + block.start)
         return result
+
+    def _combined(self, name: str, parts: Mapping[int, Tensor], start: int) -> Tensor:
+        thresholds = self._kept(name)
+        return combined_rows(parts, self._how, name, start=start, thresholds=thresholds)
 
     def _blocks(self, shape: Sequence[int]) -> Iterator[slice]:
         """Small enough that the updates and what is made of them take about two blocks."""
@@ -165,3 +165,89 @@ def _agreed(changes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 raise AdapterError("The adapters want different settings of the merged model.",
                                    where=key, found=f"{agreed[key]} and {value}")  # fmt: skip
     return agreed
+
+
+class Several(Strategy):
+    """Several adapters that act as one; made by :func:`qft.merging.together.located`, in no recipe.
+
+    Attributes:
+        parts: their strategies.
+        folders: where they are.
+        how: they are combined.
+    """
+
+    name: ClassVar[str] = "several"
+
+    parts: tuple[Strategy, ...]
+    folders: tuple[Path, ...]
+    how: Combination
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether all of them are."""
+        return all(part.mergeable for part in self.parts)
+
+    @property
+    def advice(self) -> str:
+        """Of the first that is not mergeable."""
+        return next((p.advice for p in self.parts if not p.mergeable), super().advice)
+
+    def needs(self, skeleton: nn.Module) -> Needs:
+        """What any of them wants in full precision."""
+        names = (name for part in self.parts for name in part.needs(skeleton).full_precision)
+        return Needs(full_precision=tuple(dict.fromkeys(names)))
+
+    def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
+        """Opens all of them; ``folder`` is the first one's."""
+        merges = [part.open_merge(one, base)
+                  for part, one in zip(self.parts, self.folders, strict=True)]  # fmt: skip
+        return SeveralMerge(merges, self.how, base)
+
+    def files(self, folder: Path) -> list[Path]:
+        """All of them; the settings of the combination are this strategy's own."""
+        pairs = zip(self.parts, self.folders, strict=True)
+        return [path for part, one in pairs for path in part.files(one)]
+
+    def attach(self, model: nn.Module, context: Context) -> nn.Module:
+        """Freezes the model; nothing of these adapters trains."""
+        return model.requires_grad_(False)
+
+    def load(self, model: nn.Module, folder: Path) -> None:
+        """Merges them into a model in memory: the reference a merged one on disk is judged by.
+
+        Raises:
+            AdapterError: the model's weights are quantized, or lack what the adapters bring.
+        """
+        held = model.state_dict()
+        merge = self.open_merge(folder, _HeldTensors(held))
+        new = merge.added()
+        missing = [n for n, rows in new.items() if n not in held or held[n].shape != rows.shape]
+        if missing:
+            raise AdapterError("The model has no place for what the adapters bring.",
+                               where=folder, found=missing[0])  # fmt: skip
+        for name, tensor in held.items():
+            merged = new[name][:] if name in new else merge.edit(name, tensor.cpu())
+            with torch.no_grad():
+                tensor.copy_(merged)
+
+
+@dataclass(frozen=True)
+class _HeldTensors:
+    """A model's own tensors, as strategies see a base."""
+
+    held: Mapping[str, Tensor]
+
+    def names(self) -> list[str]:
+        return list(self.held)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.held[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self.held[name].cpu()
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        return self.held[name][list(rows)].cpu()
+
+    def read_columns(self, name: str, columns: range) -> Tensor:
+        return self.held[name][:, columns.start : columns.stop].cpu()

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from qft import models
 from qft.adapter_folder import AdapterFolder, locate_adapter
@@ -18,11 +15,10 @@ from qft.card import write_card
 from qft.errors import AdapterError, RecipeError
 from qft.files import new_folder, require_apart
 from qft.lean.combining import Combination
-from qft.merging.several import SeveralMerge
+from qft.merging.several import Several
 from qft.merging.side_files import copy_files, tokenizer_files
 from qft.progress import QUIET, Reporter
 from qft.registry import settings_of, strategy_from_folder
-from qft.strategy import BaseTensors, Context, Merge, Needs, Strategy
 
 SPACES = ("weights", "factors")
 _SAME = ("labels", "labels_are", "pooling")  # of the cards, where there are some
@@ -79,7 +75,7 @@ def _require_same(what: str, held: Sequence[tuple[Path, Any]]) -> None:
                 f"{what.replace('_', ' ')}.",
                 where=folder,
                 found=f"{value}, and {held[0][1]} in {held[0][0]}",
-                fix="combine adapters of one base model and one task",
+                fix="combine adapters of one base model (--base names it) and one task",
             )
 
 
@@ -244,89 +240,3 @@ def _card(found: Sequence[AdapterFolder]) -> dict[str, Any] | None:
 def _on_the_original(card: dict[str, Any] | None) -> dict[str, Any] | None:
     """The card of what no training has seen: it belongs to the original base."""
     return None if card is None else {**card, "quantize": "none"}
-
-
-class Several(Strategy):
-    """Several adapters that act as one; made by :func:`together`, in no recipe.
-
-    Attributes:
-        parts: their strategies.
-        folders: where they are.
-        how: they are combined.
-    """
-
-    name: ClassVar[str] = "several"
-
-    parts: tuple[Strategy, ...]
-    folders: tuple[Path, ...]
-    how: Combination
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether all of them are."""
-        return all(part.mergeable for part in self.parts)
-
-    @property
-    def advice(self) -> str:
-        """Of the first that is not mergeable."""
-        return next((p.advice for p in self.parts if not p.mergeable), super().advice)
-
-    def needs(self, skeleton: nn.Module) -> Needs:
-        """What any of them wants in full precision."""
-        names = (name for part in self.parts for name in part.needs(skeleton).full_precision)
-        return Needs(full_precision=tuple(dict.fromkeys(names)))
-
-    def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
-        """Opens all of them; ``folder`` is the first one's."""
-        merges = [part.open_merge(one, base)
-                  for part, one in zip(self.parts, self.folders, strict=True)]  # fmt: skip
-        return SeveralMerge(merges, self.how, base)
-
-    def files(self, folder: Path) -> list[Path]:
-        """All of them; the settings of the combination are this strategy's own."""
-        pairs = zip(self.parts, self.folders, strict=True)
-        return [path for part, one in pairs for path in part.files(one)]
-
-    def attach(self, model: nn.Module, context: Context) -> nn.Module:
-        """Freezes the model; nothing of these adapters trains."""
-        return model.requires_grad_(False)
-
-    def load(self, model: nn.Module, folder: Path) -> None:
-        """Merges them into a model in memory: the reference a merged one on disk is judged by.
-
-        Raises:
-            AdapterError: the model's weights are quantized, or lack what the adapters bring.
-        """
-        held = model.state_dict()
-        merge = self.open_merge(folder, _HeldTensors(held))
-        new = merge.added()
-        missing = [n for n, rows in new.items() if n not in held or held[n].shape != rows.shape]
-        if missing:
-            raise AdapterError("The model has no place for what the adapters bring.",
-                               where=folder, found=missing[0])  # fmt: skip
-        for name, tensor in held.items():
-            merged = new[name][:] if name in new else merge.edit(name, tensor.cpu())
-            with torch.no_grad():
-                tensor.copy_(merged)
-
-
-@dataclass(frozen=True)
-class _HeldTensors:
-    """A model's own tensors, as strategies see a base."""
-
-    held: Mapping[str, Tensor]
-
-    def names(self) -> list[str]:
-        return list(self.held)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.held[name].shape)
-
-    def read(self, name: str) -> Tensor:
-        return self.held[name].cpu()
-
-    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        return self.held[name][list(rows)].cpu()
-
-    def read_columns(self, name: str, columns: range) -> Tensor:
-        return self.held[name][:, columns.start : columns.stop].cpu()
