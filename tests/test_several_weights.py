@@ -380,3 +380,51 @@ def test_a_merge_of_several_goes_on_where_it_was_killed_only_with_the_same_setti
         found = (tmp_path / "out/model.safetensors").read_bytes()
         assert (found == wanted) == goes_on
         assert (len(made) < 20) == goes_on
+
+
+def test_trained_heads_are_combined_on_the_weights_and_refused_as_factors(tmp_path):
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    import qft
+
+    base = make_model("classifier", tmp_path / "base", num_hidden_layers=1)
+    plain = AutoModelForSequenceClassification.from_pretrained(base).state_dict()
+    folders, alone = [], []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(base)
+        config = peft.LoraConfig(
+            r=2, task_type="SEQ_CLS", target_modules=["query"], init_lora_weights=False
+        )
+        wrapped = peft.get_peft_model(model, config)
+        for name, tensor in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                tensor.data += torch.randn_like(tensor) * 0.1
+        wrapped.save_pretrained(tmp_path / f"{seed}")
+        folders.append(tmp_path / f"{seed}")
+        alone.append(wrapped.merge_and_unload().state_dict())
+    qft.merge(folders, tmp_path / "out", combine={"weights": [1, -0.5]})
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    changed = 0
+    for name, tensor in plain.items():
+        wanted = tensor + (alone[0][name] - tensor) - 0.5 * (alone[1][name] - tensor)
+        torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5)
+        changed += not torch.equal(found[name], tensor)
+    assert changed == 3  # the query, and the head's weight and bias
+    with pytest.raises(AdapterError, match="as a whole"):
+        qft.merge(folders, tmp_path / "both", combine={"adapter_only": True})
+
+
+def test_what_cannot_be_merged_cannot_be_combined(base_folder, tmp_path):
+    import peft
+
+    import qft
+
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "prompt")
+    lora = save(base_folder, tmp_path / "a", 1, **PLAIN)
+    with pytest.raises(AdapterError, match="'prompt' trains cannot be folded"):
+        qft.merge([lora, tmp_path / "prompt"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

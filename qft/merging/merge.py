@@ -64,7 +64,7 @@ def open_source(
     if adapter is not None:
         if strategy is None:
             raise AdapterError("An adapter cannot be opened without its strategy.", where=adapter)
-        _require_mergeable(strategy, adapter)
+        require_mergeable(strategy, adapter)
         merge = strategy.open_merge(adapter, ModuleTensors(checkpoint, names, tied))
     return MergedTensors(
         checkpoint,
@@ -79,7 +79,8 @@ def open_source(
     )
 
 
-def _require_mergeable(strategy: Strategy, adapter: Path) -> None:
+def require_mergeable(strategy: Strategy, adapter: Path) -> None:
+    """Raises AdapterError where a strategy changes no weights of the base."""
     if not strategy.mergeable:
         raise AdapterError(
             f"What the strategy {strategy.name!r} trains cannot be folded into the base's tensors.",

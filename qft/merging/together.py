@@ -15,6 +15,7 @@ from qft.card import write_card
 from qft.errors import AdapterError, RecipeError
 from qft.files import new_folder, require_apart
 from qft.lean.combining import Combination
+from qft.merging.merge import require_mergeable
 from qft.merging.several import Several
 from qft.merging.side_files import copy_files, tokenizer_files
 from qft.progress import QUIET, Reporter
@@ -172,6 +173,8 @@ def _together(
             found=how.method,
             fix=f"{how.plain}, or space factors",
         )
+    for one in found:
+        require_mergeable(one.strategy, one.folder)
     if space == "weights" and not how.svd:
         yield replace(
             found[0],
