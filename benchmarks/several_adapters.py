@@ -136,7 +136,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         held = [row for row in rows if name_of(row) == name]
         cells = [[row[task] for row in held] for task in TASKS]
         cells.append([statistics.mean(row[task] for task in TASKS) for row in held])
-        shown = (f"{statistics.mean(c):.3f} ± {statistics.pstdev(c):.3f}" for c in cells)
+        shown = (
+            f"{statistics.mean(cell):.3f}"
+            + (f" ± {statistics.stdev(cell):.3f}" if len(cell) > 1 else "")
+            for cell in cells
+        )
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return lines
 

@@ -372,7 +372,7 @@ def merge(
     strategy: Named = None,
     method: Annotated[str | None, typer.Option(help=_COMBINING)] = None,
     weights: Annotated[
-        str | None, typer.Option(help="One an adapter, for example 1,-0.5; else equal shares.")
+        str | None, typer.Option(help="One an adapter, for example 1,-0.5; else 1 each.")
     ] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of values that ties, dare and magnitude_prune keep.")

@@ -29,8 +29,8 @@ def combination(count: int, settings: Mapping[str, Any]) -> Combination:
     """The settings of a combination of ``count`` adapters, as a user gives them.
 
     Args:
-        settings: keys of :class:`qft.lean.combining.Combination`; without weights every adapter
-            has the same share, ``1 / count``.
+        settings: keys of :class:`qft.lean.combining.Combination`; without weights every adapter's
+            is 1.
 
     Raises:
         RecipeError: an unknown or impossible setting.
@@ -41,7 +41,7 @@ def combination(count: int, settings: Mapping[str, Any]) -> Combination:
         raise RecipeError("No such setting of a combination.", where=unknown[0],
                           fix=", ".join([*known, "space"]))  # fmt: skip
     given = {key: value for key, value in settings.items() if value is not None}
-    weights = tuple(float(weight) for weight in given.pop("weights", [1 / count] * count))
+    weights = tuple(float(weight) for weight in given.pop("weights", [1] * count))
     if len(weights) != count:
         raise RecipeError(
             "Every adapter needs one weight.",
