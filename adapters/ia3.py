@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
+    from qft.lean.combining import Combination
     from qft.shards import StoredTensor
 
 # By the names that families give them: keys and values (or both fused), and what ends an MLP.
@@ -86,6 +87,12 @@ class IA3(PeftStrategy):
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "IA3") or {}
         return IA3Merge(stored_tensors(folder), base, values, folder)
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes one (IA)³ folder for several: PEFT's weighted sum of the vectors."""
+        from adapters.ia3_combine import combine_ia3
+
+        combine_ia3(folders, how, out)
 
 
 class IA3FromElsewhere(FromElsewhere, IA3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -46,6 +47,8 @@ from qft.strategy import BaseTensors, Context, Merge, Needs
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
+
+    from qft.lean.combining import Combination
 
 # What a PEFT LoRA folder may say that `LoRA` has no setting for, and that its tensors express.
 _UNKNOWN = (
@@ -248,6 +251,14 @@ class LoRA(PeftStrategy):
         if not base.rounded:  # upon the rounded base, LoftQ's whole update belongs
             parts = less_first(parts, open_first(folder, values), folder)
         return LowRankMerge(parts, base, folder, keep_zeros=bool(values.get(MARK)))
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes one LoRA folder for several, as PEFT's ``add_weighted_adapter`` makes it."""
+        from adapters.low_rank_combine import combine_lora
+
+        for folder in folders:
+            _refuse_unmergeable(read_config(folder, "LORA") or {}, folder)
+        combine_lora(folders, how, out)
 
 
 class LoRAFromElsewhere(FromElsewhere, LoRA):

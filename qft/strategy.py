@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from qft.errors import AdapterError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qft.lean.combining import Combination
 
 PARTS = "parts.json"  # in an adapter folder whose sub-folders are a stack's parts
 ALL_TASKS = frozenset({"text", "instruct", "chat", "seq2seq", "classify", "extract", "token"})
@@ -210,3 +214,19 @@ class Strategy(BaseModel):
             AdapterError: the adapter belongs to another base.
         """
         raise NotImplementedError
+
+    def files(self, folder: Path) -> Sequence[Path]:
+        """The files that `open_merge` reads; a merge that was cut off goes on if none changed."""
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes into the empty `out` one adapter that does what several of this kind do.
+
+        Raises:
+            AdapterError: their parts cannot be combined, or not by this method.
+        """
+        raise AdapterError(
+            f"Several adapters of the strategy {self.name!r} cannot become one adapter.",
+            where=out,
+            fix="merge them into the base's weights: --space weights",
+        )

@@ -7,7 +7,7 @@ training saw it*, the artefact is read back from the disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qft import models
-from qft.adapter_folder import AdapterFolder, locate_adapter
+from qft.adapter_folder import AdapterFolder
 from qft.data.tasks import ExampleSet
 from qft.errors import Interrupted, RecipeError
 from qft.export.beside import BesideSubject, beside_bytes, locate_beside, write_beside
@@ -41,13 +41,14 @@ from qft.files import replace_folder, require_absent, require_apart, restore_for
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
+from qft.merging.together import combine_folders, listed, located
 from qft.progress import QUIET, Reporter, human_bytes
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
 
 
 def merge(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     base: str | None = None,
@@ -56,13 +57,14 @@ def merge(
     verify: bool = False,
     data: str | None = None,
     strategy: str | None = None,
+    combine: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
-    """Folds an adapter into its base, streamed block by block of rows.
+    """Folds an adapter, or several together, into the base, streamed block by block of rows.
 
     Args:
-        source: a run, a checkpoint or an adapter folder.
+        source: a run, a checkpoint or an adapter folder; or several, of one base and task.
         out: the model folder to write.
         base: the base model, where it is not where the adapter remembers it.
         onto: ``original``, ``dequantized`` (what training saw of a quantized base), or ``auto``:
@@ -71,6 +73,8 @@ def merge(
         verify: compare with the adapter model on held-out rows.
         data: those rows; a run knows its own.
         strategy: a third party's strategy, by name.
+        combine: how several become one: see :func:`qft.merging.together.located`; with
+            ``adapter_only`` their adapter is written, and no model.
         overwrite: replace what ``out`` holds; with ``verify`` only once the new one is proven.
 
     Returns:
@@ -86,15 +90,31 @@ def merge(
             "No such dtype.", where="--dtype", found=dtype, fix=", ".join(models.DTYPES)
         )
     require_word(onto)
-    found = locate_adapter(source, base=base, strategy=strategy)
-    reference = of_adapter(found, str(source))
-    _require_place(reference, Path(out), overwrite)
-    rows = _rows(reference, data, "without --verify") if verify else None
-    choice = _choice(reference, found, onto, rows, data, reporter)
-    tensors = _open(found, models.DTYPES[dtype] if dtype else None, choice)
-    stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
+    chosen = dict(combine or {})
+    if chosen.pop("adapter_only", False):
+        return combine_folders(source, out, chosen, base=base, strategy=strategy,
+                               overwrite=overwrite, reporter=reporter)  # fmt: skip
+    with located(source, out, chosen, base=base, strategy=strategy) as found:
+        reference = of_adapter(found, str(listed(source)[0]))
+        _require_place(reference, Path(out), overwrite)
+        rows = _rows(reference, data, "without --verify") if verify else None
+        choice = _choice(reference, found, onto, rows, data, reporter)
+        tensors = _open(found, models.DTYPES[dtype] if dtype else None, choice)
+        return _merge(reference, tensors, choice, rows, Path(out), overwrite, reporter)
+
+
+def _merge(
+    reference: Subject,
+    tensors: MergedTensors,
+    choice: BaseChoice,
+    rows: ExampleSet | None,
+    out: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Writes the merged model, and compares it where there are rows."""
     report: dict[str, Any] = {"out": str(out), "base": choice.to_dict()}
-    with _proven_first(Path(out), overwrite and verify) as target:
+    with _proven_first(out, overwrite and rows is not None) as target:
         with reporter.bar("merge", tensors.total_bytes()) as bar:
             written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
         tensors.close()
@@ -104,6 +124,7 @@ def merge(
         reporter.say(f"merged: {changed} of {count} tensors changed, "
                      f"{human_bytes(written)} in {target}")  # fmt: skip
         if rows is not None:
+            stored = str(_stored_dtype(tensors)).removeprefix("torch.")
             format = _STORED_AS.get(stored, "safetensors:fp32")
             artefact = locate(target, task=reference.spec.task)
             report |= _proven(reference, artefact, rows, format, report, reporter)

@@ -75,7 +75,7 @@ def open_source(
     if adapter is not None:
         if strategy is None:
             raise AdapterError("An adapter cannot be opened without its strategy.", where=adapter)
-        _require_mergeable(strategy, adapter)
+        require_mergeable(strategy, adapter)
         merge = strategy.open_merge(adapter, tensors)
     written = _merged_config(config, skeleton, merge, dtype)
     if merge is not None:
@@ -90,7 +90,8 @@ def open_source(
         dtype=dtype,
         config=written,
         files=side_files(base, adapter),
-        sources=sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else (),
+        sources=strategy.files(adapter) if adapter and strategy else (),
+        settings=repr(strategy),
     )
 
 
@@ -108,7 +109,8 @@ def _used(
     return {name: module for name, module in names.items() if module in known}
 
 
-def _require_mergeable(strategy: Strategy, adapter: Path) -> None:
+def require_mergeable(strategy: Strategy, adapter: Path) -> None:
+    """Raises AdapterError where a strategy changes no weights of the base."""
     if not strategy.mergeable:
         raise AdapterError(
             f"What the strategy {strategy.name!r} trains cannot be folded into the base's tensors.",

@@ -34,15 +34,16 @@ def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
     Raises:
         ModelError: one of them is a link that leads out of its folder.
     """
-    found = _tokenizer_files(adapter) if adapter is not None else {}
-    found = found or _tokenizer_files(base)
+    found = tokenizer_files(adapter) if adapter is not None else {}
+    found = found or tokenizer_files(base)
     for folder in (base, adapter):
         if folder is not None and (folder / _GENERATION).is_file():
             found[_GENERATION] = inside(folder, _GENERATION)
     return found
 
 
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files in a folder, or none where it holds no whole tokenizer."""
     names = [name for name in _TOKENIZER if (folder / name).is_file()]
     if not {"tokenizer.json", "tokenizer_config.json"} & set(names):
         return {}

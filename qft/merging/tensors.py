@@ -132,6 +132,7 @@ class MergedTensors:
         config: the result's config.json.
         files: the result's tokenizer and generation files.
         sources: the adapter's files.
+        settings: what else decides the result, as text.
     """
 
     def __init__(
@@ -146,9 +147,10 @@ class MergedTensors:
         config: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         sources: Sequence[Path] = (),
+        settings: str = "",
     ) -> None:
         self._base, self._merge, self._dtype = base, merge, dtype
-        self._sources = list(sources)
+        self._sources, self._settings = list(sources), settings
         # not copied: they lie in a file
         self._added: Mapping[str, Rows] = merge.added() if merge is not None else {}
         once = set(tied or {})  # these are written under one name alone
@@ -239,8 +241,8 @@ class MergedTensors:
 
     def made_from(self) -> list[tuple[str, int, int]]:
         """See :class:`TensorSource`; how the base is rounded decides the bytes as well."""
-        rounded = [(self._base.rounded, 0, 0)] if self._base.rounded else []
-        return rounded + described([*self._base.files(), *self._sources])
+        words = [(word, 0, 0) for word in (self._settings, self._base.rounded) if word]
+        return [*described([*self._base.files(), *self._sources]), *words]
 
     def fingerprint(self) -> str:
         """Of the base as it is, or of the folder a merge would write, once all of it was read."""
