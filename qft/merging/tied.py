@@ -9,11 +9,11 @@ other labels than the base's: its config must say that too. Where it cannot, not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qft.errors import AdapterError
 from qft.lean.model_parts import head_names
@@ -171,19 +171,14 @@ def _differ(merge: Merge, base: ModuleTensors, one: str, other: str) -> bool:
     """Whether a merge makes two tensors of one that the base has tied."""
     if merge.shape(one) != merge.shape(other):
         return True
-    return any(
-        first is not second and not torch.equal(first, second)
-        for first, second in zip(
-            _values(merge, base, one), _values(merge, base, other), strict=True
-        )
-    )
-
-
-def _values(merge: Merge, base: ModuleTensors, name: str) -> Iterator[Tensor]:
     added = merge.added()
-    for part in row_blocks(merge.shape(name)):
-        if name in added:
-            yield added[name][part].float()
-        else:
-            rows = base.read_rows(name, range(part.start, part.stop))
-            yield merge.edit(name, rows, part.start).float()
+    for part in row_blocks(merge.shape(one)):
+        rows = range(part.start, min(part.stop, base.shape(one)[0]))
+        held = base.read_rows(one, rows)
+        first, second = (
+            added[name][part] if name in added else merge.edit(name, held, part.start)
+            for name in (one, other)
+        )
+        if first is not second and not torch.equal(first.float(), second.float()):
+            return True
+    return False
