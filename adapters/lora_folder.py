@@ -1,4 +1,4 @@
-"""What the adapter_config.json of a LoRA folder says: what can be merged, and what qft can train."""
+"""What the config of a LoRA folder says: what can be merged, and what qft has a setting for."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def fit_config(
         return dict(config), dict(tied)
     if apart and config.get("model_type") in _SCALED_WHEN_TIED:
         raise _inexpressible(apart[0], config)
-    fitted = _rebuilt(skeleton, changes)
+    fitted = rebuilt(skeleton, changes)
     _require_shapes(fitted, merge, {*names.values(), *tied, *merge.added()})
     still = tied_names(fitted, names)
     kept = {absent: present for absent, present in tied.items() if still.get(absent) == present}
@@ -109,7 +109,8 @@ def require_complete(
     """
     held = {*names.values(), *tied, *merge.added()}
     optional = [*(getattr(skeleton, "_keys_to_ignore_on_load_missing", None) or ())]
-    lost = [name for name in skeleton.state_dict()
+    needed = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
+    lost = [name for name in needed
             if name not in held and not any(re.search(key, name) for key in optional)]  # fmt: skip
     if lost:
         raise AdapterError(
@@ -157,8 +158,8 @@ def _input_embeddings(skeleton: nn.Module) -> str | None:
     return next((f"{n}.weight" for n, m in skeleton.named_modules() if m is found), None)
 
 
-def _rebuilt(skeleton: Any, changes: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device as a changed config makes it."""
+def rebuilt(skeleton: Any, changes: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device as transformers makes it of a changed config."""
     kind = type(skeleton.config)
     config = kind.from_dict({**skeleton.config.to_dict(), **changes})
     with torch.device("meta"):
