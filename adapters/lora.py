@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from adapters.from_elsewhere import FromElsewhere
+from adapters.lora_folder import plain_settings, refuse_unmergeable, says_more
 from adapters.lora_parts import less_first, lora_parts
 from adapters.lora_start import (
     CALIBRATION_BATCHES,
@@ -30,7 +31,6 @@ from adapters.lora_start import (
 from adapters.low_rank_merge import LowRankMerge
 from adapters.low_rank_targets import resolve
 from adapters.peft_backed import (
-    HEAD_TASK_TYPES,
     WEIGHTS_FILE,
     PeftStrategy,
     change_config,
@@ -40,7 +40,6 @@ from adapters.peft_backed import (
     stored_tensors,
 )
 from adapters.zero_keeping import MARK, keep_zeros
-from qft.errors import AdapterError
 from qft.lean.model_parts import head_names
 from qft.strategy import BaseTensors, Context, Merge, Needs
 
@@ -49,18 +48,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qft.lean.combining import Combination
-
-# What a PEFT LoRA folder may say that `LoRA` has no setting for, and that its tensors express.
-_UNKNOWN = (
-    "lora_bias", "target_parameters", "exclude_modules", "velora_config", "ensure_weight_tying",
-)  # fmt: skip
-# What depends on the input, on other layers or on what is not saved: no tensor of the base says it.
-_BEYOND_A_MERGE = (
-    "layer_replication", "use_qalora", "alora_invocation_tokens", "megatron_config", "arrow_config",
-    "use_bdlora", "kasa_config", "monteclora_config",
-)  # fmt: skip
-# Starts that leave the base as it is, and those that can be made again from it.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica", *CHANGES_BASE)
 
 
 class LoRA(PeftStrategy):
@@ -223,9 +210,9 @@ class LoRA(PeftStrategy):
         values = read_config(folder, "LORA")
         if values is None:
             return None
-        _refuse_unmergeable(values, folder)
-        if _unknown(values):
-            return LoRAFromElsewhere(saved=values, **_plain_settings(values))  # type: ignore[return-value]
+        refuse_unmergeable(values, folder)
+        if says_more(values, folder):
+            return LoRAFromElsewhere(saved=values, **plain_settings(values))  # type: ignore[return-value]
         targets = values.get("target_modules") or ()
         layers = values.get("layers_to_transform")
         return cls(
@@ -246,7 +233,7 @@ class LoRA(PeftStrategy):
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "LORA") or {}
-        _refuse_unmergeable(values, folder)
+        refuse_unmergeable(values, folder)
         parts = lora_parts(stored_tensors(folder), values, folder)
         if not base.rounded:  # upon the rounded base, LoftQ's whole update belongs
             parts = less_first(parts, open_first(folder, values), folder)
@@ -257,70 +244,9 @@ class LoRA(PeftStrategy):
         from adapters.low_rank_combine import combine_lora
 
         for folder in folders:
-            _refuse_unmergeable(read_config(folder, "LORA") or {}, folder)
+            refuse_unmergeable(read_config(folder, "LORA") or {}, folder)
         combine_lora(folders, how, out)
 
 
 class LoRAFromElsewhere(FromElsewhere, LoRA):
     """A LoRA folder with settings that `LoRA` has not."""
-
-
-def _refuse_unmergeable(values: dict[str, Any], folder: Path) -> None:
-    """Refuses a folder whose tensors do not say what its model computes.
-
-    Raises:
-        AdapterError: with what would work.
-    """
-    start = values.get("init_lora_weights")
-    if start == "loftq":
-        raise AdapterError(
-            "PEFT does not save what LoftQ began with, and without it the adapter fits no base "
-            "but the one that was quantized in memory.",
-            where=folder,
-            found="init_lora_weights='loftq'",
-            fix="train it with qft: {name: lora, initialisation: loftq}",
-        )
-    if start not in _STARTS:
-        raise AdapterError(
-            "This LoRA began by changing its base in a way that cannot be made again, and belongs "
-            "to that changed base.",
-            where=folder,
-            found=f"init_lora_weights={start!r}",
-            fix="save it again with PEFT's path_initial_model_for_weight_conversion, which makes "
-            "it fit the original base",
-        )
-    beyond = [key for key in _BEYOND_A_MERGE if values.get(key)]
-    parameters = values.get("target_parameters") or ()
-    if any(not str(name).endswith(".weight") for name in parameters):
-        beyond.append("target_parameters")
-    if values.get("lora_bias") and values.get("use_dora"):
-        beyond.append("lora_bias with use_dora")
-    if beyond:
-        raise AdapterError(
-            "This LoRA folder uses what cannot be folded into the base's own tensors.",
-            where=folder,
-            found=", ".join(f"{key}={values.get(key, True)!r}" for key in beyond),
-            fix="use base and adapter unmerged, with PEFT itself",
-        )
-
-
-def _unknown(values: dict[str, Any]) -> bool:
-    """Whether a folder says what `LoRA` has no setting for."""
-    heads = values.get("task_type") in HEAD_TASK_TYPES
-    return (
-        any(values.get(key) for key in _UNKNOWN)
-        or values.get("init_lora_weights") in CHANGES_BASE
-        or bool(values.get("modules_to_save") and not heads)
-        or isinstance(values.get("trainable_token_indices"), dict)
-    )
-
-
-def _plain_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """Of those that decide a merge: what `LoRA` has a word for."""
-    return {
-        "rank": values["r"],
-        "alpha": values["lora_alpha"],
-        "rank_stabilised": values.get("use_rslora", False),
-        "dora": values.get("use_dora", False),
-        "bias": values.get("bias", "none"),
-    }

@@ -499,3 +499,18 @@ def pruned(base: Path, folder: Path) -> Path:
             tensor[:, ::2] = 0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def test_a_pooler_that_qfts_pooling_does_without_is_kept(tmp_path, bases):
+    """Plain transformers makes a BERT classifier with one."""
+    spec = models.ModelSpec(source="", task="classify", labels=("no", "yes"), pooling="mean")
+    base = bases("bert")
+    skeleton = models.open_skeleton(base, spec)
+    strategy = build_strategy({"name": "head"})
+    (tmp_path / "adapter").mkdir()
+    strategy.save(strategy.attach(models.open_model(base, spec), Context("classify")),
+                  tmp_path / "adapter")  # fmt: skip
+    source = open_source(base, skeleton, adapter=tmp_path / "adapter", strategy=strategy)
+    write_model(source, tmp_path / "out")
+    _, info = open_base(tmp_path / "out", "classify", output_loading_info=True)
+    assert not any(info.values()), info

@@ -25,7 +25,7 @@ from qft.merging.rounded_base import BaseCheckpoint, RoundedBase, Rounding
 from qft.merging.side_files import copy_files, files_bytes, side_files
 from qft.merging.stored_base import open_stored
 from qft.merging.tensors import MergedTensors, ModuleTensors, TensorSource
-from qft.merging.tied import fit_config, require_complete, tied_as_stored
+from qft.merging.tied import fit_config, rebuilt, require_complete, tied_as_stored
 from qft.shard_writer import MAX_SHARD_BYTES, write_shards
 from qft.shards import ShardedCheckpoint, tensor_bytes
 from qft.strategy import Merge, Strategy
@@ -105,8 +105,13 @@ def _used(
     """
     if config.get("architectures") == [type(skeleton).__name__]:
         return dict(names)
-    known = skeleton.state_dict()
-    return {name: module for name, module in names.items() if module in known}
+    known = rebuilt(skeleton, {}).state_dict()  # with a pooler that pooling does without
+    prefix = str(getattr(skeleton, "base_model_prefix", ""))
+    return {
+        name: module
+        for name, module in names.items()
+        if module in known or f"{prefix}.{module}" in known
+    }
 
 
 def require_mergeable(strategy: Strategy, adapter: Path) -> None:

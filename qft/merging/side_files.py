@@ -59,12 +59,11 @@ def copy_files(files: Mapping[str, Path], folder: Path) -> None:
     """
     for name, path in files.items():
         try:
-            source = path.open("rb")
+            path.open("rb").close()
         except OSError as error:
             raise ModelError("A file of the model cannot be read.", where=path,
                              found=error.strerror) from None  # fmt: skip
-        with source, (folder / name).open("wb") as target:
-            shutil.copyfileobj(source, target)
+        shutil.copyfile(path, folder / name)
         (folder / name).chmod(_MODE)
 
 

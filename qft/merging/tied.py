@@ -9,11 +9,11 @@ other labels than the base's: its config must say that too. Where it cannot, not
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qft.errors import AdapterError
 from qft.lean.model_parts import head_names
@@ -79,7 +79,7 @@ def fit_config(
         return dict(config), dict(tied)
     if apart and config.get("model_type") in _SCALED_WHEN_TIED:
         raise _inexpressible(apart[0], config)
-    fitted = _rebuilt(skeleton, changes)
+    fitted = rebuilt(skeleton, changes)
     _require_shapes(fitted, merge, {*names.values(), *tied, *merge.added()})
     still = tied_names(fitted, names)
     kept = {absent: present for absent, present in tied.items() if still.get(absent) == present}
@@ -110,7 +110,8 @@ def require_complete(
     """
     held = {*names.values(), *tied, *merge.added()}
     optional = [*(getattr(skeleton, "_keys_to_ignore_on_load_missing", None) or ())]
-    lost = [name for name in skeleton.state_dict()
+    needed = [name for name, _ in skeleton.named_parameters(remove_duplicate=False)]
+    lost = [name for name in needed
             if name not in held and not any(re.search(key, name) for key in optional)]  # fmt: skip
     if lost:
         raise AdapterError(
@@ -158,8 +159,8 @@ def _input_embeddings(skeleton: nn.Module) -> str | None:
     return next((f"{n}.weight" for n, m in skeleton.named_modules() if m is found), None)
 
 
-def _rebuilt(skeleton: Any, changes: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device as a changed config makes it."""
+def rebuilt(skeleton: Any, changes: Mapping[str, Any]) -> nn.Module:
+    """The model on the meta device as transformers makes it of a changed config."""
     kind = type(skeleton.config)
     config = kind.from_dict({**skeleton.config.to_dict(), **changes})
     with torch.device("meta"):
@@ -172,19 +173,14 @@ def _differ(merge: Merge, base: ModuleTensors, one: str, other: str) -> bool:
     """Whether a merge makes two tensors of one that the base has tied."""
     if merge.shape(one) != merge.shape(other):
         return True
-    return any(
-        first is not second and not torch.equal(first, second)
-        for first, second in zip(
-            _values(merge, base, one), _values(merge, base, other), strict=True
-        )
-    )
-
-
-def _values(merge: Merge, base: ModuleTensors, name: str) -> Iterator[Tensor]:
     added = merge.added()
-    for part in row_blocks(merge.shape(name)):
-        if name in added:
-            yield added[name][part].float()
-        else:
-            rows = base.read_rows(name, range(part.start, part.stop))
-            yield merge.edit(name, rows, part.start).float()
+    for part in row_blocks(merge.shape(one)):
+        rows = range(part.start, min(part.stop, base.shape(one)[0]))
+        held = base.read_rows(one, rows)
+        first, second = (
+            added[name][part] if name in added else merge.edit(name, held, part.start)
+            for name in (one, other)
+        )
+        if first is not second and not torch.equal(first.float(), second.float()):
+            return True
+    return False
