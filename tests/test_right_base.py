@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = shards.row_blocks
     for module in ("qft.shards", "qft.merging.tensors", "qft.merging.bnb_rounding"):
-        monkeypatch.setattr(f"{module}.row_blocks", lambda shape, n=700: plain(shape, n))
+        monkeypatch.setattr(f"{module}.row_blocks", lambda shape, n=0: plain(shape, 700))
 
 
 def llama(folder: Path, dtype: torch.dtype = torch.float32, width: int = 40) -> Path:
