@@ -445,7 +445,7 @@ def verify_model(
         Path | None,
         typer.Option("--out", "-o", help="Else verification.json beside the artefact."),
     ] = None,
-    base: Bases = None,
+    base: Base = None,
     strategy: Named = None,
     quiet: Quiet = False,
     as_json: Json = False,
