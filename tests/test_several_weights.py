@@ -10,7 +10,7 @@ from test_several_factors import OTHER, PLAIN, save
 from transformers import AutoModelForCausalLM
 
 from qft.adapter_folder import locate_adapter
-from qft.errors import AdapterError, RecipeError
+from qft.errors import AdapterError, Interrupted, RecipeError
 from qft.lean.combining import Combination, kept_at_random
 from qft.lean.magnitudes import smallest_kept
 from qft.merging import several
@@ -371,7 +371,7 @@ def test_a_merge_of_several_goes_on_where_it_was_killed_only_with_the_same_setti
             return blocks(self, name)
 
         monkeypatch.setattr(MergedTensors, "blocks", lambda s, n, c=counted: c(s, n, 9))
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             qft.merge(folders, tmp_path / "out", combine=ties, overwrite=True)
         assert unfinished(tmp_path / "out").is_dir()
         made.clear()

@@ -133,6 +133,7 @@ def test_merge_and_export_prove_the_very_same(
         qft.export(adapter, tmp_path / "b", format="safetensors:bf16", data=data)["verification"],
         qft.verify(adapter, tmp_path / "a", data=data),
     ]
+    assert all(report.pop("base")["onto"] == "original" for report in reports[:2])
     assert reports[0] == reports[1] == reports[2]
     assert reports[0]["passed"]
 

@@ -275,10 +275,20 @@ def _choice(
     if not may_measure(found, onto):
         rows = None
     elif rows is None and (data is not None or recipe_of(Path(reference.source)) is not None):
-        rows = _rows(reference, data, "--base original")
+        rows = _rows_to_choose_by(reference, data)
     choice = choose_base(found, onto, rows, reporter)
     choice.say(reporter)
     return choice
+
+
+def _rows_to_choose_by(reference: Subject, data: str | None) -> ExampleSet | None:
+    """Those that were named, or the run's own; None of a run that held none out."""
+    try:
+        return _rows(reference, data, "--base original")
+    except RecipeError:
+        if data is not None:
+            raise
+        return None
 
 
 def _write(
