@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from adapters.low_rank_merge import LowRankMerge, Parts, Update
+from adapters.low_rank_merge import LowRankMerge, Parts
 from adapters.low_rank_targets import resolve
+from adapters.low_rank_update import Update
 from adapters.peft_backed import (
     PeftStrategy,
     module_name,
@@ -20,11 +21,13 @@ from adapters.peft_backed import (
 )
 from qft.errors import RecipeError
 from qft.lean.model_parts import head_names
-from qft.strategy import BaseTensors, Context, Merge, Needs, Rows
+from qft.strategy import BaseTensors, Context, Merge, Needs
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
+
+    from qft.shards import StoredTensor
 
 _UNTOLD_STEPS = 1_000_000  # for a model that is opened to be used, not to be trained
 _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # what PEFT's allocator keeps of each tensor
@@ -174,19 +177,20 @@ class AdaLoRA(PeftStrategy):
         """Opens the folder for the streamed merge: B (E · A) is a low-rank update."""
         named = {module_name(name): tensor for name, tensor in stored_tensors(folder).items()}
         values = read_config(folder, "ADALORA") or {}
-        # PEFT divides by the initial rank and this little more
-        scale = self.alpha / (self.initial_rank + 1e-5)
+        ranks = self.initial_rank + 1e-5  # PEFT divides by the initial rank and this little more
         updates: dict[str, Update] = {}
-        replaced: dict[str, Rows] = {}
+        replaced: dict[str, StoredTensor] = {}
         for name, tensor in named.items():
             target, found, part = name.partition(".lora_")
             if not found:
                 replaced[name] = tensor
             elif part == "B":
                 down, gain = named[f"{target}.lora_A"], named[f"{target}.lora_E"]
-                updates[f"{target}.weight"] = Update(tensor, down, scale, gain=gain)
-        parts = Parts(updates, replaced, {}, frozenset(values.get("modules_to_save") or ()))
-        return LowRankMerge(parts, base, folder, transposed=bool(values.get("fan_in_fan_out")))
+                updates[f"{target}.weight"] = Update(
+                    tensor, down, self.alpha, gain=gain, ranks=ranks
+                )
+        heads = frozenset(values.get("modules_to_save") or ())
+        return LowRankMerge(Parts(updates, replaced, heads=heads), base, folder)
 
 
 def _allocator(model: Any) -> Any:

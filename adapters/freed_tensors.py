@@ -104,7 +104,7 @@ class TensorsMerge:
     ) -> None:
         self._tensors = dict(tensors)
         self._base = base
-        there = set(base.names())
+        self._there = there = set(base.names())
         for name, tensor in self._tensors.items():
             # a head may have been wider or narrower before; within the model nothing may
             inside = name in there and name.split(".")[0] not in heads
@@ -118,14 +118,18 @@ class TensorsMerge:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a merged tensor."""
-        if name in self._tensors:
-            return tuple(self._tensors[name].shape)
-        return self._base.shape(name)
+        trained = self._trained(name)
+        return self._base.shape(name) if trained is None else tuple(trained.shape)
 
     def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         """The trained rows, or the very same object where nothing was trained."""
-        trained = self._tensors.get(name)
+        trained = self._trained(name)
         return rows if trained is None else trained[start : start + len(rows)]
+
+    def _trained(self, name: str) -> Rows | None:
+        """One parameter trains for all that are tied to it, and is saved by one of its names."""
+        names = [name, *self._base.shared(name)] if name in self._there else [name]
+        return next((self._tensors[n] for n in names if n in self._tensors), None)
 
     def added(self) -> Mapping[str, Rows]:
         """The trained tensors: what the base has is replaced, the rest is new."""

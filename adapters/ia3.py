@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
+from adapters.from_elsewhere import FromElsewhere
 from adapters.low_rank_targets import linear_names
 from adapters.peft_backed import (
     PeftStrategy,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
+    from qft.lean.combining import Combination
     from qft.shards import StoredTensor
 
 # By the names that families give them: keys and values (or both fused), and what ends an MLP.
@@ -76,13 +78,8 @@ class IA3(PeftStrategy):
         if values is None:
             return None
         named = values.get("target_modules"), values.get("feedforward_modules")
-        if any(isinstance(names, str) for names in named):
-            raise AdapterError(
-                "This folder chooses its layers by a regular expression.",
-                where=folder,
-                found=str(named),
-                fix="open it with PEFT itself",
-            )
+        if any(isinstance(names, str) for names in named):  # a regular expression
+            return IA3FromElsewhere(saved=values)  # type: ignore[return-value]
         targets, feedforward = (tuple(sorted(names or ())) for names in named)
         return cls(targets=targets, feedforward=feedforward)
 
@@ -90,6 +87,16 @@ class IA3(PeftStrategy):
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "IA3") or {}
         return IA3Merge(stored_tensors(folder), base, values, folder)
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes one (IA)³ folder for several: PEFT's weighted sum of the vectors."""
+        from adapters.ia3_combine import combine_ia3
+
+        combine_ia3(folders, how, out)
+
+
+class IA3FromElsewhere(FromElsewhere, IA3):
+    """An (IA)³ folder with settings that `IA3` has not."""
 
 
 def usual_targets(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -128,7 +135,6 @@ class IA3Merge:
         values: Mapping[str, Any],
         folder: Path,
     ) -> None:
-        self._transposed = bool(values.get("fan_in_fan_out"))
         self._scales: dict[str, Tensor] = {}
         self._replaced: dict[str, Rows] = {}
         self._shapes = {name: base.shape(name) for name in base.names()}
@@ -140,7 +146,8 @@ class IA3Merge:
             rows = tensor.shape[1] == 1 and tensor.shape[0] != 1
             weight = self._shapes.get(f"{target}.weight", ())
             wanted = max(tensor.shape)
-            along = (0 if rows else 1) if not self._transposed else (1 if rows else 0)
+            transposed = base.transposed(f"{target}.weight")
+            along = int(rows) if transposed else int(not rows)
             if len(weight) != 2 or weight[along] != wanted:
                 raise AdapterError(
                     "The adapter was made for another base model.",
@@ -149,7 +156,7 @@ class IA3Merge:
                     fix="name the base model it was trained on",
                 )
             scale = tensor.read()
-            self._scales[f"{target}.weight"] = scale.T if self._transposed else scale
+            self._scales[f"{target}.weight"] = scale.T if transposed else scale
             if rows:  # the whole output is scaled, the bias too
                 self._scales[f"{target}.bias"] = scale.flatten()
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from adapters.from_elsewhere import FromElsewhere
+from adapters.lora_folder import plain_settings, refuse_unmergeable, says_more
+from adapters.lora_parts import less_first, lora_parts
 from adapters.lora_start import (
     CALIBRATION_BATCHES,
     CHANGES_BASE,
@@ -19,14 +23,14 @@ from adapters.lora_start import (
     begin_where_saved,
     finish_start,
     first_update,
+    open_first,
     peft_start,
     read_first,
     trained_half,
 )
-from adapters.low_rank_merge import LowRankMerge, less_first, lora_parts
+from adapters.low_rank_merge import LowRankMerge
 from adapters.low_rank_targets import resolve
 from adapters.peft_backed import (
-    HEAD_TASK_TYPES,
     WEIGHTS_FILE,
     PeftStrategy,
     change_config,
@@ -36,7 +40,6 @@ from adapters.peft_backed import (
     stored_tensors,
 )
 from adapters.zero_keeping import MARK, keep_zeros
-from qft.errors import AdapterError
 from qft.lean.model_parts import head_names
 from qft.strategy import BaseTensors, Context, Merge, Needs
 
@@ -44,12 +47,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from torch import Tensor, nn
 
-# What a PEFT LoRA folder may say that this strategy has no setting for; set, it must not be lost.
-_UNKNOWN_FEATURES = (
-    "layer_replication", "lora_bias", "target_parameters", "use_qalora", "alora_invocation_tokens",
-    "exclude_modules", "megatron_config", "arrow_config", "corda_config", "use_bdlora",
-    "kasa_config", "monteclora_config", "velora_config",
-)  # fmt: skip
+    from qft.lean.combining import Combination
 
 
 class LoRA(PeftStrategy):
@@ -212,7 +210,9 @@ class LoRA(PeftStrategy):
         values = read_config(folder, "LORA")
         if values is None:
             return None
-        _refuse_unknown(values, folder)
+        refuse_unmergeable(values, folder)
+        if says_more(values, folder):
+            return LoRAFromElsewhere(saved=values, **plain_settings(values))  # type: ignore[return-value]
         targets = values.get("target_modules") or ()
         layers = values.get("layers_to_transform")
         return cls(
@@ -233,38 +233,20 @@ class LoRA(PeftStrategy):
     def open_merge(self, folder: Path, base: BaseTensors) -> Merge:
         """Opens the folder for the streamed merge."""
         values = read_config(folder, "LORA") or {}
-        parts = lora_parts(stored_tensors(folder), values, self.rank_stabilised, folder)
+        refuse_unmergeable(values, folder)
+        parts = lora_parts(stored_tensors(folder), values, folder)
         if not base.rounded:  # upon the rounded base, LoftQ's whole update belongs
-            parts = less_first(parts, read_first(folder, values), folder)
-        transposed = bool(values.get("fan_in_fan_out"))
-        return LowRankMerge(
-            parts, base, folder, transposed=transposed, keep_zeros=bool(values.get(MARK))
-        )
+            parts = less_first(parts, open_first(folder, values), folder)
+        return LowRankMerge(parts, base, folder, keep_zeros=bool(values.get(MARK)))
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes one LoRA folder for several, as PEFT's ``add_weighted_adapter`` makes it."""
+        from adapters.low_rank_combine import combine_lora
+
+        for folder in folders:
+            refuse_unmergeable(read_config(folder, "LORA") or {}, folder)
+        combine_lora(folders, how, out)
 
 
-def _refuse_unknown(values: dict[str, Any], folder: Path) -> None:
-    if values.get("init_lora_weights") == "loftq":
-        raise AdapterError(
-            "PEFT does not save what LoftQ began with, and without it the adapter fits no base "
-            "but the one that was quantized in memory.",
-            where=folder,
-            found="init_lora_weights='loftq'",
-            fix="train it with qft: {name: lora, initialisation: loftq}",
-        )
-    unknown = [key for key in _UNKNOWN_FEATURES if values.get(key)]
-    # a start that changed the base: the folder alone is not the update against the original
-    if values.get("init_lora_weights") not in (
-        True, False, None, "gaussian", "eva", "orthogonal",
-    ):  # fmt: skip
-        unknown.append("init_lora_weights")
-    if values.get("modules_to_save") and values.get("task_type") not in HEAD_TASK_TYPES:
-        unknown.append("modules_to_save")
-    if isinstance(values.get("trainable_token_indices"), dict):
-        unknown.append("trainable_token_indices")
-    if unknown:
-        raise AdapterError(
-            "This LoRA folder uses what qft's lora cannot express.",
-            where=folder,
-            found=", ".join(f"{key}={values[key]!r}" for key in unknown),
-            fix="open it with PEFT itself",
-        )
+class LoRAFromElsewhere(FromElsewhere, LoRA):
+    """A LoRA folder with settings that `LoRA` has not."""

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapters.eva_start import require_tokens, start_eva
-from adapters.peft_backed import read_tensors
+from adapters.peft_backed import stored_tensors
 from qft.errors import AdapterError, RecipeError
 from qft.strategy import Context
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from qft.shards import StoredTensor
 
 Start = Literal["default", "gaussian", "pissa", "olora", "orthogonal", "eva", "loftq"]
 CALIBRATION_BATCHES = 8
@@ -98,8 +100,13 @@ def read_first(folder: Path, values: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         AdapterError: the config says that there is one, and it is gone or broken.
     """
+    return {name: tensor.read() for name, tensor in open_first(folder, values).items()}
+
+
+def open_first(folder: Path, values: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """The same, read only when it is asked for."""
     if (folder / FIRST_FILE).is_file():
-        return read_tensors(folder, FIRST_FILE)
+        return stored_tensors(folder, FIRST_FILE)
     if values.get("loftq_config"):
         raise AdapterError(
             "The adapter began with LoftQ, and what it began with is missing.",

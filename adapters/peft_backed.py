@@ -126,11 +126,11 @@ def read_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = _weights(folder, file)
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError("The adapter's weights are broken.", where=path, found=error) from None
+        return load_file(_weights(folder, file))
+    except (SafetensorError, OSError, ModelError) as error:
+        raise AdapterError("The adapter's weights are broken.", where=folder / file,
+                           found=error) from None  # fmt: skip
 
 
 def stored_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTensor]:
@@ -141,16 +141,18 @@ def stored_tensors(folder: Path, file: str = WEIGHTS_FILE) -> dict[str, StoredTe
     """
     from qft.shards import open_tensors
 
-    path = _weights(folder, file)
     try:
-        return open_tensors(path)
+        return open_tensors(_weights(folder, file))
     except ModelError as error:
         raise AdapterError(
-            "The adapter's weights are broken.", where=path, found=f"{error.what} {error.found}"
-        ) from None
+            "The adapter's weights are broken.", where=error.where,
+            found=f"{error.what} {error.found}", fix=error.fix,
+        ) from None  # fmt: skip
 
 
 def _weights(folder: Path, file: str) -> Path:
+    from qft.shards import inside
+
     path = folder / file
     if not path.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
@@ -161,7 +163,7 @@ def _weights(folder: Path, file: str) -> Path:
             where=folder,
             fix="save the adapter again as safetensors" if pickled else f"it needs {file}",
         )
-    return path
+    return inside(folder, file)
 
 
 def compare_tensors(
@@ -190,5 +192,5 @@ def compare_tensors(
 
 
 def module_name(tensor_name: str) -> str:
-    """PEFT's tensor name without its wrapper's prefix."""
-    return tensor_name.removeprefix(_PREFIX)
+    """PEFT's tensor name without its wrapper's prefix and its name for a module trained whole."""
+    return tensor_name.removeprefix(_PREFIX).replace(".modules_to_save.", ".")

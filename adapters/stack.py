@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from adapters.edited_rows import EditedRows
 from adapters.peft_backed import PeftStrategy
 from qft.errors import AdapterError
 from qft.strategy import PARTS, BaseTensors, Context, Merge, Needs, Rows, Strategy
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 
@@ -173,31 +173,14 @@ class StackMerge:
 
     def added(self) -> Mapping[str, Rows]:
         """All parts' together, each edited by the others when it is asked for."""
-        return {name: _Edited(self, name, rows) for name, rows in self._replaced.items()}
+        return {
+            name: EditedRows(rows, partial(self.edit_others, name))
+            for name, rows in self._replaced.items()
+        }
 
     def config_changes(self) -> Mapping[str, Any]:
         """All parts' together."""
         return {key: v for merge in self._merges for key, v in merge.config_changes().items()}
-
-
-@dataclass(frozen=True)
-class _Edited:
-    """Edits the rows that are asked for, so that a merge holds no more than these."""
-
-    merge: StackMerge
-    name: str
-    rows: Rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.rows.dtype
-
-    def __getitem__(self, part: slice) -> Tensor:
-        return self.merge.edit_others(self.name, self.rows[part], part.start or 0)
 
 
 def _same(one: Rows, other: Rows) -> bool:

@@ -63,11 +63,20 @@ class AdapterFolder:
 
 
 def adapter_in(path: Path) -> Path | None:
-    """The adapter folder a path names: itself, or ``adapter/`` in a run or checkpoint; or None."""
+    """The adapter folder a path names, or None.
+
+    It is the path itself, ``adapter/`` in a run or checkpoint, or the one folder that PEFT named
+    after its adapter.
+    """
     for folder in (path / "adapter", path):
         if any((folder / mark).is_file() for mark in _MARKS):
             return folder
-    return None
+    named = _named_by_peft(path)
+    return named[0] if len(named) == 1 else None
+
+
+def _named_by_peft(path: Path) -> list[Path]:
+    return sorted(p.parent for p in path.glob("*/adapter_config.json")) if path.is_dir() else []
 
 
 def locate_adapter(
@@ -90,6 +99,14 @@ def locate_adapter(
     path = Path(path)
     folder = adapter_in(path)
     if folder is None:
+        named = [held.name for held in _named_by_peft(path)]
+        if named:
+            raise AdapterError(
+                "There are several adapters here.",
+                where=path,
+                found=", ".join(named[:8]),
+                fix=f"name one: {path / named[0]}",
+            )
         interrupted = path / "checkpoints"
         resume = f"qft train {shlex.quote(str(path / 'recipe.yaml'))} --resume"
         raise AdapterError(

@@ -340,9 +340,32 @@ def chat(
         messages.append({"role": "assistant", "content": "".join(parts)})
 
 
+_COMBINING = (
+    "linear, cat, svd, ties, dare_linear, dare_ties, magnitude_prune; "
+    "with --space factors the last four also with _svd."
+)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    """The numbers of a list with commas.
+
+    Raises:
+        RecipeError: one is none.
+    """
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        from qft.errors import RecipeError
+
+        raise RecipeError("This is no list of numbers.", where="--weights", found=text,
+                          fix="1,-0.5") from None  # fmt: skip
+
+
 @app.command()
 def merge(
-    source: Annotated[str, typer.Argument(help="A run, a checkpoint or an adapter folder.")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Runs, checkpoints or adapter folders; several become one.")
+    ],
     out: Out,
     base: Bases = None,
     dtype: Annotated[
@@ -355,18 +378,42 @@ def merge(
         str | None, typer.Option("--data", help="Rows to compare on; a run knows its own.")
     ] = None,
     strategy: Named = None,
+    method: Annotated[str | None, typer.Option(help=_COMBINING)] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="One an adapter, for example 1,-0.5; else 1 each.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of values that ties, dare and magnitude_prune keep.")
+    ] = None,
+    majority_sign: Annotated[
+        str | None, typer.Option(help="ties: elect the sign by total or frequency.")
+    ] = None,
+    svd_rank: Annotated[int | None, typer.Option(help="Of what svd makes.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Combine the weights' updates, or the adapters' factors.")
+    ] = None,
+    adapter_only: Annotated[
+        bool, typer.Option("--adapter-only", help="Write the combined adapter, no model.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Of dare's draws.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter into its base, streamed tensor by tensor."""
+    """Fold an adapter, or several together, into the base, streamed tensor by tensor."""
     from qft.export.delivery import merge as run
     from qft.export.right_base import place_and_word
 
     place, onto = place_and_word(base or [])
+    combine = {
+        "method": method, "weights": _numbers(weights), "density": density,
+        "majority_sign": majority_sign, "svd_rank": svd_rank, "space": space,
+        "adapter_only": adapter_only or None, "seed": seed,
+    }  # fmt: skip
     report = run(
-        source,
+        sources,
         out,
+        combine={key: value for key, value in combine.items() if value is not None},
         base=place,
         onto=onto,
         dtype=dtype,
@@ -445,7 +492,7 @@ def verify_model(
         Path | None,
         typer.Option("--out", "-o", help="Else verification.json beside the artefact."),
     ] = None,
-    base: Bases = None,
+    base: Base = None,
     strategy: Named = None,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -142,7 +142,7 @@ def new_folder(path: Path | str, *, overwrite: bool = False, go_on: bool = False
         SaveError: the disk is full or not writable.
     """
     path = Path(path)
-    _restore_former(path)
+    restore_former(path)
     require_absent(path, overwrite=overwrite)
     temporary = unfinished(path)
     with explain_write_errors(path):
@@ -173,7 +173,7 @@ def replace_folder(temporary: Path, path: Path) -> None:
     try:
         os.rename(temporary, path)
     except BaseException:
-        _restore_former(path)
+        restore_former(path)
         raise
     _sync_path(path.parent)
     _remove(former)
@@ -186,7 +186,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _restore_former(path: Path) -> None:
+def restore_former(path: Path) -> None:
     """Puts a replaced folder back if the process died before the new one took its name."""
     former = path.parent / f"{_FORMER}{path.name}"
     if os.path.lexists(former) and not os.path.lexists(path):
@@ -196,7 +196,7 @@ def _restore_former(path: Path) -> None:
 def remove_unfinished(folder: Path) -> list[str]:
     """Removes what interrupted writes left in ``folder``; returns the names."""
     for former in folder.glob(f"{_FORMER}*"):
-        _restore_former(folder / former.name.removeprefix(_FORMER))
+        restore_former(folder / former.name.removeprefix(_FORMER))
     left = [p for p in folder.glob(f"{_TEMPORARY}*") if p.is_dir()] if folder.is_dir() else []
     for path in left:
         shutil.rmtree(path, ignore_errors=True)

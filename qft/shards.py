@@ -93,10 +93,19 @@ class _File:
 
     def fill(self, offset: int, buffer: bytearray | memoryview) -> None:
         """Reads as many bytes as ``buffer`` holds."""
-        if self._stream is None:
-            self._stream = self.path.open("rb")
-        self._stream.seek(offset)
-        if self._stream.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+        try:
+            if self._stream is None:
+                self._stream = self.path.open("rb")
+            self._stream.seek(offset)
+            count = self._stream.readinto(buffer)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise ModelError(
+                "A shard cannot be read.",
+                where=self.path,
+                found=error.strerror,
+                fix="mend its permissions or its disk, or get the file again",
+            ) from None
+        if count != len(buffer):
             raise ModelError("A shard became shorter while it was read.", where=self.path)
 
     def close(self) -> None:

@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from qft.errors import AdapterError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from qft.lean.combining import Combination
 
 PARTS = "parts.json"  # in an adapter folder whose sub-folders are a stack's parts
 ALL_TASKS = frozenset({"text", "instruct", "chat", "seq2seq", "classify", "extract", "token"})
@@ -81,6 +85,12 @@ class BaseTensors(Protocol):
     def read_columns(self, name: str, columns: range) -> Tensor:
         """Some neighbouring columns of a matrix, ``[rows, len(columns)]``."""
 
+    def transposed(self, name: str) -> bool:
+        """Whether a layer's weight is stored ``[in, out]``, as GPT-2's Conv1D does."""
+
+    def shared(self, name: str) -> Sequence[str]:
+        """The other names of a tensor that the base ties to them."""
+
 
 class Rows(Protocol):
     """A tensor whose rows are had by slicing: a torch tensor, or one that lies in a file."""
@@ -109,7 +119,9 @@ class Merge(Protocol):
     def edit(self, name: str, rows: Tensor, start: int = 0) -> Tensor:
         """The merged value of the rows of base tensor `name` that begin with row `start`.
 
-        Where nothing changes in them, the very same object. What is computed is float32.
+        Where nothing changes in them, the very same object. What is computed is float32. A tensor
+        that the base ties is asked for by each of its names: where they are no longer the same,
+        the merged model is untied.
         """
 
     def added(self) -> Mapping[str, Rows]:
@@ -202,3 +214,19 @@ class Strategy(BaseModel):
             AdapterError: the adapter belongs to another base.
         """
         raise NotImplementedError
+
+    def files(self, folder: Path) -> Sequence[Path]:
+        """The files that `open_merge` reads; a merge that was cut off goes on if none changed."""
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def combine(self, folders: Sequence[Path], how: Combination, out: Path) -> None:
+        """Writes into the empty `out` one adapter that does what several of this kind do.
+
+        Raises:
+            AdapterError: their parts cannot be combined, or not by this method.
+        """
+        raise AdapterError(
+            f"Several adapters of the strategy {self.name!r} cannot become one adapter.",
+            where=out,
+            fix="merge them into the base's weights: --space weights",
+        )

@@ -394,14 +394,14 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, format):
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 1000))
         with pytest.raises(SaveError, match="not enough room"):
             write_format(source, format, tmp_path / "out")
-    read, last = source.read, source.names()[-1]
+    blocks, last = source.blocks, source.names()[-1]
 
     def fail(name):
         if name == last:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return read(name)
+        return blocks(name)
 
-    monkeypatch.setattr(source, "read", fail)
+    monkeypatch.setattr(source, "blocks", fail)
     with pytest.raises(SaveError, match="disk is full"):
         write_format(source, format, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

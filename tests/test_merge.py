@@ -67,7 +67,7 @@ def merged(base: Path, adapter: Path, out: Path, **options: object):
 
 
 class Delta:
-    """A merge that adds one to a tensor, adds another, and sets a config key."""
+    """A merge that adds one to some tensors, adds others, and sets a config key."""
 
     def __init__(self, base, target=None, added=None):
         self.base, self.target, self.new = base, target, dict(added or {})
@@ -76,7 +76,7 @@ class Delta:
         return tuple(self.new[name].shape) if name in self.new else self.base.shape(name)
 
     def edit(self, name, rows, start=0):
-        return rows.float() + 1 if name == self.target else rows
+        return rows.float() + 1 if self.target and name in self.target.split("+") else rows
 
     def added(self):
         return self.new
@@ -174,34 +174,45 @@ def test_an_adapters_own_tokenizer_wins(tmp_path):
     assert not (tmp_path / "out" / "merges.txt").exists()
 
 
-@pytest.mark.parametrize("change", [{"target": HEAD}, {"added": (HEAD,)}])
-def test_a_tied_head_alone_cannot_be_merged(tmp_path, change):
+@pytest.mark.parametrize("target", [HEAD, EMBEDDING])
+def test_one_of_two_tied_tensors_alone_unties_them(tmp_path, target):
     base = make_base(tmp_path / "base")
-    with pytest.raises(AdapterError, match="tied"):
-        merge(tmp_path, base, tmp_path / "out", strategy=Fixed(**change), skeleton=skeleton(base))
-    assert not (tmp_path / "out").exists()
+    report = merge(tmp_path, base, tmp_path / "out", strategy=Fixed(target=target),
+                   skeleton=skeleton(base))  # fmt: skip
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    before = ShardedCheckpoint(base).read(EMBEDDING)
+    assert not model.config.tie_word_embeddings
+    assert torch.equal(model.lm_head.weight, before + (target == HEAD))
+    assert torch.equal(model.model.embed_tokens.weight, before + (target == EMBEDDING))
+    assert report.changed == 1
 
 
-def test_the_tied_embedding_is_merged_for_both(tmp_path):
+def test_tied_tensors_that_change_alike_stay_tied(tmp_path):
     base = make_base(tmp_path / "base")
-    strategy = Fixed(target=EMBEDDING)
+    strategy = Fixed(target=f"{HEAD}+{EMBEDDING}")
     merge(tmp_path, base, tmp_path / "out", strategy=strategy, skeleton=skeleton(base))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before = ShardedCheckpoint(base).read(EMBEDDING)
     assert torch.equal(model.lm_head.weight, before + 1)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert HEAD not in ShardedCheckpoint(tmp_path / "out").names()
+
+
+def test_a_head_of_another_shape_is_refused(tmp_path):
+    base = make_base(tmp_path / "base")
+    with pytest.raises(AdapterError, match="no config of this model"):
+        merge(tmp_path, base, tmp_path / "out", strategy=Fixed(added=(HEAD,)),
+              skeleton=skeleton(base))  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path):
     base = make_base(tmp_path / "base")
     with pytest.raises(AdapterError, match="cannot be folded"):
         open_source(base, skeleton(base), adapter=tmp_path, strategy=Fixed(foldable=False))
-    other = make_base(tmp_path / "other", tie=False)
-    make_adapter(other, tmp_path / "adapter", target_modules=["lm_head"])
-    with pytest.raises(AdapterError):
-        merged(base, tmp_path / "adapter", tmp_path / "out")
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     whole = skeleton(base)
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="--base ORIGINAL"):

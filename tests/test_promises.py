@@ -27,6 +27,7 @@ _PLACES = """
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
     lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
+    lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
     quantization pooling model_dropout shards write_journal shard_writer models adapter_folder
@@ -47,7 +48,8 @@ _PLACES = """
     distillation.lesson_identity distillation.lesson_making distillation.lesson_report
     distillation.cached distillation.teacher_texts distillation.teach
     merging.side_files merging.bnb_rounding merging.rounded_base merging.stored_base
-    merging.tensors merging.merge
+    merging.tensors merging.tied merging.merge merging.several merging.together
+    quantized_linears layer_weights layer_stream
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
@@ -59,8 +61,8 @@ _PLACES = """
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats export.thresholds export.read_back export.diagnosis export.tally
     export.subject export.tensors_check export.tokens_check export.stops
-    export.answers export.verify export.summary
-    opening written scoring export.proof export.right_base
+    export.answers export.listening export.verify export.layerwise export.streams
+    export.summary opening written scoring export.proof export.right_base
     export.beside export.delivery export healing
     demo.docstrings demo.job
     cli
@@ -178,6 +180,7 @@ def test_strategies_see_only_the_contract():
         "qft.lean",
         "qft.distillation",
         "qft.shards",
+        "qft.shard_writer",
         "adapters",
     )
     wrong = [

@@ -12,9 +12,10 @@ from small_models import FAMILIES, GROUPED, make_model
 from torch import Tensor, nn
 
 from qft.errors import ModelError
+from qft.layer_stream import StreamedLayer
 from qft.lean.meter import Meter, meter
 from qft.models import ModelSpec
-from qft.pruning.layer_stream import StreamedLayer, stream_layers
+from qft.pruning.layer_stream import stream_layers
 
 
 @pytest.fixture(scope="module")

@@ -123,10 +123,10 @@ def test_a_run_is_exported_from_the_original(
     """In 4 bits again, rounded once; and that folder is a base like any other."""
     run = qft.train(qft.build_recipe(job(stored, tmp_path))).folder
     with pytest.raises(ModelError, match="--base ORIGINAL"):
-        qft.export(run, tmp_path / "out", format="bnb:nf4")
+        qft.export(run, tmp_path / "out", format="bnb:nf4", onto="original")
     report = qft.export(run, tmp_path / "out", format="bnb:nf4", base=str(tiny_llama))
     assert report["verification"]["passed"]
-    qft.merge(run, tmp_path / "merged", base=str(tiny_llama))
+    qft.merge(run, tmp_path / "merged", base=str(tiny_llama), onto="original")
     config = json.loads((tmp_path / "out/config.json").read_text(encoding="utf-8"))
     assert config["qft_original_fingerprint"] == fingerprint(tmp_path / "merged")
 

@@ -22,6 +22,7 @@ from qft import models, quantization
 from qft.card import make_card, write_card
 from qft.errors import ModelError, RecipeError
 from qft.export.right_base import place_and_word
+from qft.export.thresholds import THRESHOLDS, Thresholds
 from qft.merging.bnb_rounding import unpack_rows
 from qft.merging.merge import open_source
 from qft.merging.rounded_base import RoundedBase, Rounding, layers_of
@@ -41,7 +42,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = shards.row_blocks
     for module in ("qft.shards", "qft.merging.tensors", "qft.merging.bnb_rounding"):
-        monkeypatch.setattr(f"{module}.row_blocks", lambda shape, n=700: plain(shape, n))
+        monkeypatch.setattr(f"{module}.row_blocks", lambda shape, n=0: plain(shape, 700))
 
 
 def llama(folder: Path, dtype: torch.dtype = torch.float32, width: int = 40) -> Path:
@@ -308,12 +309,12 @@ def lost_updates(base: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 @pytest.fixture(scope="module")
 def rows(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts that the original base itself has drawn, so that it is the best model of them."""
+    """Letters that the original base itself has drawn, so that it is the best model of them."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(5)
     ids = model.generate(
-        torch.randint(40, 90, (24, 2)), max_new_tokens=60, do_sample=True, top_k=0,
-        eos_token_id=None, pad_token_id=0, bad_words_ids=[[n] for n in range(4)],
+        torch.randint(40, 90, (40, 2)), max_new_tokens=100, do_sample=True, top_k=0,
+        eos_token_id=None, pad_token_id=0, suppress_tokens=[*range(4), *range(98, 260)],
     )  # fmt: skip
     tokenizer = models.open_tokenizer(base)
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
@@ -338,7 +339,7 @@ def test_auto_takes_what_measures_better(base, rows, tmp_path, capsys):
         for name, loss in found["loss"].items():
             other = qft.merge(adapter, tmp_path / f"{adapter.name}-{name}", onto=name)
             assert other["base"]["loss"] is None
-            judged = qft.evaluate(other["out"], data=str(rows), dtype=torch.float32)
+            judged = qft.evaluate(other["out"], data=str(rows), dtype="float32")
             assert judged["loss"] == pytest.approx(loss, abs=2e-4)
     merged = load_file(tmp_path / "making-up-merged" / "model.safetensors")
     original = load_file(base / "model.safetensors")
@@ -426,8 +427,12 @@ def merged_in_memory(source: Path, updates: dict[str, tuple[Tensor, Tensor]]) ->
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_original_and_change_are_quantized_together(base, rows, tmp_path, small_blocks, kind):
+def test_original_and_change_are_quantized_together(
+    base, rows, tmp_path, small_blocks, monkeypatch, kind
+):
     """The packed tensors, and the figures, against a plain computation in memory."""
+    # a random model's first choices are close calls
+    monkeypatch.setitem(THRESHOLDS, f"bnb:{kind}", Thresholds(1.0, 9.0, 0.0, 9.0))
     updates = random_updates(base, 0.05)
     adapter = make_adapter(tmp_path / "adapter", base, updates, quantize=kind)
     said: list[str] = []

@@ -55,10 +55,10 @@ def adapted(base: Path, folder: Path, **settings: object) -> dict[str, torch.Ten
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base)
+    settings = {"target_modules": "all-linear", **settings}
     config = LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False,
-        task_type="CAUSAL_LM", **settings,
-    )  # fmt: skip
+        r=4, lora_alpha=8, init_lora_weights=False, task_type="CAUSAL_LM", **settings
+    )
     wrapped = get_peft_model(model, config)
     for name, parameter in wrapped.named_parameters():
         if "magnitude" in name:
@@ -86,6 +86,25 @@ def test_blocks_are_the_bits_of_pefts_merge(tmp_path, small_blocks, make, dora):
         assert torch.equal(found, expected[source.module(name)]), name
         assert torch.equal(found, source.read(name))
     assert several > 8
+
+
+@pytest.mark.parametrize("numbers", [68, 68 * 7, 68 * 100])
+def test_a_last_block_of_few_outputs_adds_up_as_the_whole(tmp_path, monkeypatch, numbers):
+    """DoRA on transposed weights: of GPT-2's layers, and of embeddings."""
+    plain = shards.row_blocks
+    for module in ("qft.shards", "qft.merging.tensors"):
+        monkeypatch.setattr(f"{module}.row_blocks", lambda shape: plain(shape, numbers))
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=301, n_embd=68, n_layer=1, n_head=4, n_positions=32,
+                        tie_word_embeddings=False)  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    targets = ["c_attn", "c_proj", "c_fc", "wte"]
+    expected = adapted(
+        tmp_path / "base", tmp_path / "adapter", use_dora=True, target_modules=targets
+    )
+    source = opened(tmp_path / "base", tmp_path / "adapter")
+    for name in source.names():
+        assert torch.equal(source.read(name), expected[source.module(name)]), name
 
 
 def test_blocks_cover_a_tensor_and_keep_groups_of_64_whole():

@@ -3,6 +3,7 @@
 import json
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -120,8 +121,8 @@ def test_every_format_has_thresholds():
     assert THRESHOLDS.keys() == FORMATS.keys()
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
-def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_path, assets, format):
+@pytest.mark.parametrize("format", ["gguf:q8_0", "bnb:nf4"])
+def test_a_real_model_passes_and_with_a_planted_fault_does_not(tmp_path, assets, format):
     folder = assets / "models" / "mini-6m"
     tokenizer = models.open_tokenizer(folder)
     text = (assets / "data/text/tinyshakespeare").rglob("*.txt")
@@ -134,15 +135,12 @@ def test_every_format_of_a_real_model_passes_and_a_planted_fault_does_not(tmp_pa
     report = write_format(source, format, tmp_path / "good")
     batches = [{"input_ids": ids}]
     verify(reference, read_back(report.path, dtype=torch.float32), batches, format=format).check()
-    if format not in ("gguf:q8_0", "bnb:nf4"):
-        return
-    read = source.read
+    pair = source.pair
 
-    def faulty(name: str) -> torch.Tensor:  # what an exporter with a mixed-up tensor would do
-        other = name.replace("layers.2.mlp.up_proj", "layers.3.mlp.up_proj")
-        return read(other)
+    def faulty(name: str, part: slice) -> Any:  # what an exporter with a mixed-up tensor would do
+        return pair(name.replace("layers.2.mlp.up_proj", "layers.3.mlp.up_proj"), part)
 
-    source.read = faulty
+    source.pair = faulty
     report = write_format(source, format, tmp_path / "bad")
     found = verify(reference, read_back(report.path, dtype=torch.float32), batches, format=format)
     with pytest.raises(VerificationError):

@@ -24,6 +24,7 @@ from qft.merging.bnb_rounding import (
     BLOCK,
     NESTED_BLOCK,
     Scales,
+    empty_scales,
     groups,
     pack_rows,
     quantized_linears,
@@ -161,14 +162,14 @@ class BnbPlan:
 
     def _scales(self, name: str) -> tuple[Scales, Scales | None]:
         """A layer's scales and, where the adapter changes it, those of the base alone."""
-        own, plain, changed = [], [], False
+        size, changed = self._layers.size(name), False
+        own, plain = empty_scales(size), empty_scales(size)
         for block in self._layers.blocks(name):
-            own.append(scales_of(block.rows))
-            if block.base is not None:
-                plain.append(scales_of(block.plain) if block.changed else own[-1])
+            part = groups(block.part, size[1])
+            own[part] = scales_of(block.rows)
+            plain[part] = scales_of(block.plain) if block.changed else own[part]
             changed |= block.changed
-        rounded = round_scales(torch.cat(own))
-        return rounded, round_scales(torch.cat(plain)) if changed else None
+        return round_scales(own), round_scales(plain) if changed else None
 
     def _unpack(self, packed: Tensor, scales: Scales, block: Block, width: int) -> Tensor:
         shape = (len(block.part), width)

@@ -7,7 +7,7 @@ training saw it*, the artefact is read back from the disk.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from qft import models
-from qft.adapter_folder import AdapterFolder, locate_adapter
+from qft.adapter_folder import AdapterFolder
 from qft.data.tasks import ExampleSet
-from qft.errors import RecipeError
+from qft.errors import Interrupted, RecipeError
 from qft.export.beside import BesideSubject, beside_bytes, locate_beside, write_beside
 from qft.export.delta_rounding import DeltaRounding
 from qft.export.formats import ExportReport, require_known, write_format
@@ -34,19 +34,21 @@ from qft.export.right_base import (
     require_word,
     rounding_of,
 )
+from qft.export.stops import complete_stops
 from qft.export.subject import Subject, locate, of_adapter
 from qft.export.verify import FILE
-from qft.files import replace_folder, require_absent, require_apart
+from qft.files import replace_folder, require_absent, require_apart, restore_former
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
+from qft.merging.together import combine_folders, listed, located
 from qft.progress import QUIET, Reporter, human_bytes
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
 
 
 def merge(
-    source: str | Path,
+    source: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     base: str | None = None,
@@ -55,13 +57,14 @@ def merge(
     verify: bool = False,
     data: str | None = None,
     strategy: str | None = None,
+    combine: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
-    """Folds an adapter into its base, streamed block by block of rows.
+    """Folds an adapter, or several together, into the base, streamed block by block of rows.
 
     Args:
-        source: a run, a checkpoint or an adapter folder.
+        source: a run, a checkpoint or an adapter folder; or several, of one base and task.
         out: the model folder to write.
         base: the base model, where it is not where the adapter remembers it.
         onto: ``original``, ``dequantized`` (what training saw of a quantized base), or ``auto``:
@@ -70,6 +73,8 @@ def merge(
         verify: compare with the adapter model on held-out rows.
         data: those rows; a run knows its own.
         strategy: a third party's strategy, by name.
+        combine: how several become one: see :func:`qft.merging.together.located`; with
+            ``adapter_only`` their adapter is written, and no model.
         overwrite: replace what ``out`` holds; with ``verify`` only once the new one is proven.
 
     Returns:
@@ -85,23 +90,41 @@ def merge(
             "No such dtype.", where="--dtype", found=dtype, fix=", ".join(models.DTYPES)
         )
     require_word(onto)
-    found = locate_adapter(source, base=base, strategy=strategy)
-    reference = of_adapter(found, str(source))
-    _require_place(reference, Path(out), overwrite)
-    rows = _rows(reference, data, "without --verify") if verify else None
-    choice = _choice(reference, found, onto, rows, data, reporter)
-    tensors = _open(found, models.DTYPES[dtype] if dtype else None, choice)
-    stored = dtype or str(_stored_dtype(tensors)).removeprefix("torch.")
+    chosen = dict(combine or {})
+    if chosen.pop("adapter_only", False):
+        return combine_folders(source, out, chosen, base=base, strategy=strategy,
+                               overwrite=overwrite, reporter=reporter)  # fmt: skip
+    with located(source, out, chosen, base=base, strategy=strategy) as found:
+        reference = of_adapter(found, str(listed(source)[0]))
+        _require_place(reference, Path(out), overwrite)
+        rows = _rows(reference, data, "without --verify") if verify else None
+        choice = _choice(reference, found, onto, rows, data, reporter)
+        tensors = _open(found, models.DTYPES[dtype] if dtype else None, choice)
+        return _merge(reference, tensors, choice, rows, Path(out), overwrite, reporter)
+
+
+def _merge(
+    reference: Subject,
+    tensors: MergedTensors,
+    choice: BaseChoice,
+    rows: ExampleSet | None,
+    out: Path,
+    overwrite: bool,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Writes the merged model, and compares it where there are rows."""
     report: dict[str, Any] = {"out": str(out), "base": choice.to_dict()}
-    with _proven_first(Path(out), overwrite and verify) as target:
+    with _proven_first(out, overwrite and rows is not None) as target:
         with reporter.bar("merge", tensors.total_bytes()) as bar:
             written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
         tensors.close()
+        complete_stops(reference, target)
         changed, count = len(tensors.changed), len(tensors.names())
         report |= {"bytes": written, "tensors": count, "changed": changed}
         reporter.say(f"merged: {changed} of {count} tensors changed, "
                      f"{human_bytes(written)} in {target}")  # fmt: skip
         if rows is not None:
+            stored = str(_stored_dtype(tensors)).removeprefix("torch.")
             format = _STORED_AS.get(stored, "safetensors:fp32")
             artefact = locate(target, task=reference.spec.task)
             report |= _proven(reference, artefact, rows, format, report, reporter)
@@ -154,6 +177,8 @@ def export(
     choice = _export_choice(reference, format, onto, fuse, rows, data, reporter)
     with _proven_first(Path(out), overwrite and verify) as target:
         written = _write(reference, choice, format, target, overwrite, reporter)
+        beside = choice is not None and choice.onto == BESIDE
+        complete_stops(reference, target / "base" if beside else target)
         reporter.say(f"{format}: {human_bytes(written.bytes)} in {written.path}")
         notes = [*written.notes, *([_fused(written.delta_rounding)] if fuse else [])]
         for note in notes:
@@ -199,12 +224,18 @@ def _require_place(reference: Subject, out: Path, overwrite: bool) -> None:
 @contextmanager
 def _proven_first(out: Path, wait: bool) -> Iterator[Path]:
     """Where to write: with ``wait`` beside a former artefact, which stays until the proof."""
-    if not (wait and out.exists()):
-        yield out
-        return
-    unproven = out.with_name(f"{out.name}.unproven")
-    yield unproven
-    replace_folder(unproven, out)
+    restore_former(out)
+    target = out.with_name(f"{out.name}.unproven") if wait and out.exists() else out
+    try:
+        yield target
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped before the model was complete; what is written is kept.",
+            where=out,
+            fix="the same command goes on",
+        ) from None
+    if target != out:
+        replace_folder(target, out)
 
 
 def _run_of(adapter: Path) -> Path:
@@ -244,10 +275,20 @@ def _choice(
     if not may_measure(found, onto):
         rows = None
     elif rows is None and (data is not None or recipe_of(Path(reference.source)) is not None):
-        rows = _rows(reference, data, "--base original")
+        rows = _rows_to_choose_by(reference, data)
     choice = choose_base(found, onto, rows, reporter)
     choice.say(reporter)
     return choice
+
+
+def _rows_to_choose_by(reference: Subject, data: str | None) -> ExampleSet | None:
+    """Those that were named, or the run's own; None of a run that held none out."""
+    try:
+        return _rows(reference, data, "--base original")
+    except RecipeError:
+        if data is not None:
+            raise
+        return None
 
 
 def _write(
@@ -264,7 +305,8 @@ def _write(
             size = write_beside(found, target, overwrite=overwrite, progress=bar.advance)
         return ExportReport(format, target, size, delta_rounding=DeltaRounding(0.0, 1.0))
     if found is not None and choice is not None:
-        tensors = _open(found, None, choice)
+        # rounded once, to the format's own numbers; bitsandbytes keeps the base's dtype beside them
+        tensors = _open(found, None if format.startswith("bnb:") else torch.float32, choice)
     else:
         folder = reference.folder
         tensors = open_source(folder, models.open_skeleton(folder, reference.spec))

@@ -18,6 +18,9 @@ _FROM_THE_START = (
     "it diverges from the first layer on, as after an adapter that was merged twice, with another "
     "scale (alpha), or into another base: merge it once, into the base it was trained on (--base)"
 )
+_TRAINED_QUANTIZED = (
+    "the adapter was trained on a quantized base: merge it into that base (--base dequantized)"
+)
 _BAD_SCALES = "; or its quantized scales lie in another order: export it again with qft export"
 
 
@@ -42,6 +45,7 @@ def advice(
     place: str | None,
     places: Sequence[str],
     findings: Sequence[Finding],
+    quantized: bool = False,
 ) -> str:
     """What to do instead of using the artefact.
 
@@ -51,9 +55,12 @@ def advice(
         place: where they first diverge; None where no layer does by itself.
         places: all there are, from the embeddings up.
         findings: what else is wrong; their fixes come first, since they may be the cause.
+        quantized: whether the reference's base is held quantized.
     """
     parts = [finding.fix for finding in findings]
     if past_figures:
+        if quantized and not format.startswith("bnb:"):
+            parts.append(_TRAINED_QUANTIZED)
         parts.append(_by_place(format, place, places))
     return "; ".join(dict.fromkeys(parts))
 

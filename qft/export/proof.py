@@ -20,13 +20,16 @@ from qft import hardware, models
 from qft.data.tasks import TASKS, ExampleSet, pad_id
 from qft.errors import RecipeError, VerificationError
 from qft.export.diagnosis import Finding, advice
+from qft.export.layerwise import verify_by_layers
 from qft.export.stops import (
     check_generation,
     check_inside_gguf,
     check_stops,
     generation_config,
+    stand_in,
     taught_ids,
 )
+from qft.export.streams import CannotStreamError, open_weights
 from qft.export.subject import Subject, locate
 from qft.export.summary import summary
 from qft.export.tensors_check import check_tensors
@@ -49,12 +52,10 @@ class Way:
     Attributes:
         layer_by_layer: one layer of each in memory at a time, instead of both models.
         dtype: of the arithmetic.
-        notes: what a person should know, a sentence each.
     """
 
     layer_by_layer: bool
     dtype: torch.dtype
-    notes: tuple[str, ...] = ()
 
 
 def verify(
@@ -164,7 +165,10 @@ def prove(
         result, writer = _compared(reference, artefact, held, format, allowed, way, bar)
     findings += check_generation(writer, needed, tokenizer)
     result = replace(
-        result, findings=_once([*lost, *findings]), notes=(*result.notes, *notes, *way.notes)
+        result,
+        findings=_once([*lost, *findings]),
+        notes=(*result.notes, *notes),
+        quantized=reference.held_as() != "none",
     )
     written = {**result.to_dict(), "dtype": str(way.dtype).removeprefix("torch."),
                "rows": len(rows.examples), "layer_by_layer": way.layer_by_layer,
@@ -186,6 +190,31 @@ def _compared(
     bar: Bar,
 ) -> tuple[Verification, nn.Module]:
     """The figures, and a model that writes with the artefact's settings."""
+    if way.layer_by_layer:
+        try:
+            with (
+                open_weights(reference, way.dtype) as one,
+                open_weights(artefact, way.dtype) as two,
+            ):
+                found = verify_by_layers(one, two, rows, format=format, thresholds=allowed,
+                                         progress=bar.advance)  # fmt: skip
+            return found, stand_in(artefact, vocabulary(artefact))
+        except CannotStreamError as error:
+            note = f"Both models were opened whole: {error.what} ({error.found or error.where})"
+            found, writer = _compared_whole(reference, artefact, rows, format, allowed, way, bar)
+            return replace(found, notes=(*found.notes, note)), writer
+    return _compared_whole(reference, artefact, rows, format, allowed, way, bar)
+
+
+def _compared_whole(
+    reference: Subject,
+    artefact: Subject,
+    rows: Rows,
+    format: str,
+    allowed: Thresholds,
+    way: Way,
+    bar: Bar,
+) -> tuple[Verification, nn.Module]:
     first, second = reference.open(way.dtype), artefact.open(way.dtype)
     result = compare(first, second, rows, format=format, thresholds=allowed, progress=bar.advance)
     if artefact.gguf is not None and _has_settings(artefact):  # that loader does not read the file
@@ -235,9 +264,7 @@ def _outside(tokenizer: Any, other: Any, reference: Subject, artefact: Subject) 
 def vocabulary(subject: Subject) -> int:
     """Rows of the embeddings."""
     if subject.gguf is not None:
-        import gguf
-
-        return len(gguf.GGUFReader(subject.gguf).fields["tokenizer.ggml.tokens"].data)
+        return len(subject.reader.fields["tokenizer.ggml.tokens"].data)
     config = models.open_config(subject.folder, subject.spec)
     return int(config.get_text_config().vocab_size)
 
@@ -281,8 +308,6 @@ def choose_way(reference: Subject, artefact: Subject, asked: bool | None) -> Way
 def _values(subject: Subject) -> int:
     """How many numbers a model holds, from headers alone."""
     if subject.gguf is not None:
-        import gguf
-
-        return sum(int(tensor.n_elements) for tensor in gguf.GGUFReader(subject.gguf).tensors)
+        return sum(int(tensor.n_elements) for tensor in subject.reader.tensors)
     with ShardedCheckpoint(subject.folder) as checkpoint:
         return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())

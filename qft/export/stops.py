@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qft.data.chat import terminators
-from qft.errors import QftError
+from qft.errors import ModelError, QftError
 from qft.export.diagnosis import Finding
 from qft.export.subject import Subject
+from qft.files import read_json, write_json
 from qft.lean.model_parts import device_of, is_encoder_decoder
 
 _TALKS = ("chat", "instruct")
@@ -37,6 +39,31 @@ def taught_ids(reference: Subject, tokenizer: Any) -> list[int]:
         ends = ends or _as_ids(tokenizer.eos_token_id)
         ids |= set(ends)
     return sorted(ids)
+
+
+def complete_stops(reference: Subject, folder: Path) -> list[int]:
+    """Adds to a model folder's generation settings what training ended answers with.
+
+    A base that was never made to talk often stops at the end of a text only, and its template's
+    turns end with another token: what is made of it would go on for ever.
+
+    Returns:
+        The tokens that were added.
+    """
+    if reference.adapter is None or reference.spec.task not in _WRITES:
+        return []
+    try:
+        needed = taught_ids(reference, reference.tokenizer())
+    except ModelError:  # a model without a tokenizer was not taught to end anything
+        return []
+    settings = generation_config(reference)
+    stops = _as_ids(settings.eos_token_id)
+    lacking = [token for token in needed if token not in stops]
+    if lacking:
+        path = folder / _FILE
+        values = read_json(path) if path.is_file() else settings.to_diff_dict()
+        write_json(path, {**values, "eos_token_id": [*stops, *lacking]})
+    return lacking
 
 
 def check_stops(reference: Subject, artefact: Subject, tokenizer: Any, rows: int) -> list[Finding]:
@@ -67,9 +94,7 @@ def check_stops(reference: Subject, artefact: Subject, tokenizer: Any, rows: int
 
 def check_inside_gguf(reference: Subject, artefact: Subject, tokenizer: Any) -> list[Finding]:
     """Whether llama.cpp, which knows one end of a text and one of a turn, stops where it must."""
-    import gguf
-
-    fields = gguf.GGUFReader(artefact.gguf).fields
+    fields = artefact.reader.fields
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     stops = {int(fields[key].contents()) for key in keys if key in fields}
     needed = [token for token in taught_ids(reference, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ class Subject:
     def files(self) -> dict[str, Path]:
         """Tokenizer and generation files, an adapter's own ones before its base's."""
         return side_files(self.folder, self.adapter.folder if self.adapter is not None else None)
+
+    @cached_property
+    def reader(self) -> Any:
+        """The GGUF file's own reader; to parse its tables takes a second."""
+        import gguf
+
+        return gguf.GGUFReader(self.gguf)
 
     def tokenizer(self) -> Any:
         """The tokenizer its users get: of files, or of a GGUF file that has none beside it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qft.export.tally import allowed_at
 from qft.export.tokens_check import CONVERSATIONS
 from qft.export.verify import Verification
 
@@ -63,9 +64,14 @@ def _layers(result: Verification) -> _Row:
     if not result.layers:
         return "hidden states", "not compared", "", ""
     place = result.first_diverging_layer
-    largest = max(result.layers.values())
-    figure = f"within {largest:.2g}" if place is None else f"first diverging: {place}"
-    return "hidden states", figure, f"diverging from {result.thresholds.layer:g}", ""
+    numbers = list(result.layers.values())
+    nearest = max(range(len(numbers)),
+                  key=lambda n: numbers[n] / allowed_at(n, result.thresholds.layer))  # fmt: skip
+    figure = f"{numbers[nearest]:.2g} after {list(result.layers)[nearest]}"
+    if place is not None:
+        figure = f"first diverging: {place}"
+    allowed = f"allowed {allowed_at(nearest, result.thresholds.layer):.2g}"
+    return "hidden states", figure, allowed, _verdict(place is None)
 
 
 def _words(result: Verification, texts: int, stops: Sequence[int], tokenizer: Any) -> list[_Row]:

@@ -122,17 +122,21 @@ class LayerTally:
         return [mean if math.isfinite(mean) else math.inf for mean in means]
 
 
-def first_diverging(differences: Sequence[float], limit: float, names: Sequence[str]) -> str | None:
-    """The first place whose difference is past what rounding alone does; None where none is.
+def allowed_at(place: int, limit: float) -> float:
+    """How much hidden states may differ at a place: after ``n`` layers √n times ``limit``.
 
     Args:
-        differences: from :class:`LayerTally`.
+        place: 0 is before the first layer.
         limit: :attr:`qft.export.thresholds.Thresholds.layer`.
-        names: of the places.
     """
-    for name, difference in zip(names, differences, strict=False):
-        if not difference <= limit:
-            return name
+    return limit * math.sqrt(max(1, place))
+
+
+def first_diverging(differences: Sequence[float], limit: float) -> int | None:
+    """The first place whose difference is past what rounding alone does; None where none is."""
+    for place, difference in enumerate(differences):
+        if not difference <= allowed_at(place, limit):
+            return place
     return None
 
 

@@ -151,9 +151,7 @@ def check_inside(
 
 
 def _check_tables(reference: Any, artefact: Subject) -> list[Finding]:
-    import gguf
-
-    fields = gguf.GGUFReader(artefact.gguf).fields
+    fields = artefact.reader.fields
     fix = "export the GGUF file again from the reference's tokenizer"
     found = []
     tokens = fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else []

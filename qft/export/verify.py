@@ -18,12 +18,13 @@ from qft.data.tasks import Example, Task
 from qft.errors import VerificationError
 from qft.evaluation import judge_of
 from qft.export.answers import comparable, inputs_of, judge_output
-from qft.export.diagnosis import EMBEDDINGS, HEAD, Finding, advice
+from qft.export.diagnosis import HEAD, Finding, advice
+from qft.export.listening import LayerListener
 from qft.export.tally import LayerTally, LogitTally, first_diverging
 from qft.export.thresholds import Thresholds, thresholds_of
 from qft.files import write_json
 from qft.judging.judge import Judge
-from qft.lean.model_parts import device_of, layer_stacks
+from qft.lean.model_parts import device_of
 
 FILE = "verification.json"
 _ROWS = 4  # rows a forward pass: their logits are what is held
@@ -50,6 +51,7 @@ class Verification:
             ``embeddings``, a layer's name, ``head``; None where nothing diverges.
         findings: what else differs: tensors, tokens, template, stop tokens.
         notes: what a person should know, a sentence each.
+        quantized: whether the reference's base is held quantized.
     """
 
     format: str
@@ -67,6 +69,7 @@ class Verification:
     first_diverging_layer: str | None
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
+    quantized: bool = False
 
     def past(self) -> list[str]:
         """Every figure past its threshold, a phrase each; NaN is past every one."""
@@ -82,6 +85,8 @@ class Verification:
         if ratio is not None and not ratio <= limits.perplexity_ratio:
             found.append(f"perplexity {self.perplexity:.4g} against "
                          f"{self.perplexity_reference:.4g}")  # fmt: skip
+        if self.first_diverging_layer in self.layers:
+            found.append(f"hidden states diverge from {self.first_diverging_layer} on")
         return found
 
     @property
@@ -100,15 +105,15 @@ class Verification:
         if not self.problems():
             return
         found = "; ".join(self.problems())
-        if self.past():
+        if self.past() and self.first_diverging_layer not in self.layers:
             place = self.first_diverging_layer
-            found += f"; first diverging: {place}" if place else "; no layer diverges by itself"
+            found += f"; first diverging: the {place}" if place else "; no layer diverges by itself"
         raise VerificationError(
             f"The artefact ({self.format}) is not the model that was trained.",
             where=where,
             found=found,
             fix=advice(self.format, bool(self.past()), self.first_diverging_layer,
-                       list(self.layers), self.findings),
+                       list(self.layers), self.findings, self.quantized),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,6 +182,7 @@ class Comparison:
         count, mean, p99 = self.logits.divergence()
         perplexities = self.logits.perplexities()
         differences = self.layers.differences()
+        place = first_diverging(differences, thresholds.layer)
         found = Verification(
             format=format,
             positions=count,
@@ -190,7 +196,7 @@ class Comparison:
             metrics_reference=self._metrics(0),
             metrics=self._metrics(1),
             layers=dict(zip(self.places, differences, strict=False)),
-            first_diverging_layer=first_diverging(differences, thresholds.layer, self.places),
+            first_diverging_layer=None if place is None else self.places[place],
             notes=tuple(notes),
         )
         if _only_the_head(found):
@@ -209,7 +215,7 @@ def _only_the_head(found: Verification) -> bool:
     limit = found.thresholds
     return (
         bool(found.layers)
-        and max(found.layers.values()) <= limit.layer / 2
+        and first_diverging(list(found.layers.values()), limit.layer / 2) is None
         and not found.mean_kl <= 10 * limit.mean_kl
     )
 
@@ -243,7 +249,8 @@ def verify(
         quantization.guard_cpu_kernels(model)
         model.eval()
     comparison = Comparison(batches if isinstance(batches, Rows) else None)
-    listener = _Listener(models, comparison)
+    listener = LayerListener(models, comparison.layers)
+    comparison.places = listener.places
     try:
         for rows, examples in _batches(batches):
             listener.text = rows.get("attention_mask", torch.ones_like(rows["input_ids"])).bool()
@@ -271,71 +278,3 @@ def _batches(
     for batch in batches:
         for begin in range(0, batch["input_ids"].shape[0], _ROWS):
             yield {key: value[begin : begin + _ROWS] for key, value in batch.items()}, ()
-
-
-class _Listener:
-    """Hooks on two models' layers: the first's hidden states wait for the second's."""
-
-    def __init__(self, models: Sequence[nn.Module], comparison: Comparison) -> None:
-        self.text = torch.empty(0, 0, dtype=torch.bool)  # of the batch that runs
-        self.notes: list[str] = []
-        self._hooks: list[Any] = []
-        self._waiting: dict[int, Tensor] = {}
-        self._layers = comparison.layers
-        stacks = [_named_layers(model) for model in models]
-        names = [name for name, _ in stacks[0]]
-        if len(names) != len(stacks[1]) or not names:
-            counts = " and ".join(str(len(stack)) for stack in stacks)
-            self.notes.append(f"The models have {counts} layers, which were not compared.")
-            return
-        # an encoder-decoder's second half begins with embeddings of its own, which are not caught
-        comparison.places += [EMBEDDINGS, *names]
-        for keep, stack in zip((True, False), stacks, strict=True):
-            first = stack[0][1]
-            self._hooks.append(
-                first.register_forward_pre_hook(self._before(keep), with_kwargs=True)
-            )
-            for place, (_, layer) in enumerate(stack, start=1):
-                self._hooks.append(layer.register_forward_hook(self._after(place, keep)))
-
-    def remove(self) -> None:
-        """Takes the hooks off."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _before(self, keep: bool) -> Any:
-        def hook(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._meet(0, given[0] if given else named["hidden_states"], keep)
-
-        return hook
-
-    def _after(self, place: int, keep: bool) -> Any:
-        def hook(module: nn.Module, given: tuple[Any, ...], made: Any) -> None:
-            self._meet(place, made[0] if isinstance(made, tuple) else made, keep)
-
-        return hook
-
-    def _meet(self, place: int, hidden: Tensor, keep: bool) -> None:
-        if keep:
-            self._waiting[place] = hidden
-            return
-        first = self._waiting.pop(place)
-        if first.shape != hidden.shape:
-            self.notes.append("The models' hidden states differ in shape.")
-            return
-        text = self.text
-        if text.shape != hidden.shape[:2]:  # a decoder's side, or after a soft prompt
-            text = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        self._layers.add(place, first, hidden, text)
-
-
-def _named_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All layers in the order data passes them, under the names the plain model gives them."""
-    inner: Any = model
-    if hasattr(inner, "get_base_model"):
-        inner = inner.get_base_model()
-    return [
-        (f"{stack}.{number}", layer)
-        for stack, layers in layer_stacks(inner).items()
-        for number, layer in enumerate(layers)
-    ]

@@ -76,6 +76,12 @@ def head_names(model: nn.Module) -> list[str]:
     ]
 
 
+def transposed_weights(model: nn.Module) -> list[str]:
+    """Names of the weights that are stored ``[in, out]``: those of GPT-2's Conv1D."""
+    modules = model.named_modules()
+    return [f"{name}.weight" for name, module in modules if type(module).__name__ == "Conv1D"]
+
+
 def hidden_width(model: Any) -> int:
     """Of a model's hidden states."""
     config = model.config

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.shards import row_blocks
+from qft.shards import BLOCK_NUMBERS, row_blocks
 
 if TYPE_CHECKING:
     from torch import nn
 
 BLOCK = 64  # weights a scale
 NESTED_BLOCK = 256  # scales a second scale
+_NUMBERS = BLOCK_NUMBERS // 4  # weights at a time: rounding holds several copies of them
 _LEAST = 1e-38  # what bitsandbytes takes for the scale of a last, incomplete group of zeros
 
 
@@ -55,7 +56,7 @@ def rows_together(width: int, block: int = BLOCK) -> int:
 
 def blocks_of_groups(shape: Sequence[int], together: int) -> Iterator[range]:
     """Cuts a matrix into blocks of rows that begin, and but for the last end, with a group."""
-    first = next(iter(row_blocks(shape)), slice(0, 0))
+    first = next(iter(row_blocks(shape, _NUMBERS)), slice(0, 0))
     step = max(1, (first.stop - first.start) // together) * together
     for start in range(0, shape[0], step):
         yield range(start, min(start + step, shape[0]))
@@ -70,6 +71,11 @@ def scales_of(rows: Tensor, block: int = BLOCK) -> Tensor:
         return scales
     rest = flat[whole:].abs().amax().float().clamp(min=_LEAST)
     return torch.cat([scales, rest[None]])
+
+
+def empty_scales(size: tuple[int, int]) -> Tensor:
+    """Room for the scales of a layer: many small tensors would leave holes in the memory."""
+    return torch.empty(-(-size[0] * size[1] // BLOCK))
 
 
 @dataclass(frozen=True)

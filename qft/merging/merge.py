@@ -20,10 +20,12 @@ from qft import models
 from qft.errors import AdapterError
 from qft.files import folder_bytes, new_folder, require_absent, require_disk, unfinished
 from qft.hardware import versions
+from qft.lean.model_parts import transposed_weights
 from qft.merging.rounded_base import BaseCheckpoint, RoundedBase, Rounding
 from qft.merging.side_files import copy_files, files_bytes, side_files
 from qft.merging.stored_base import open_stored
-from qft.merging.tensors import MergedTensors, ModuleTensors, TensorSource, tied_names
+from qft.merging.tensors import MergedTensors, ModuleTensors, TensorSource
+from qft.merging.tied import fit_config, rebuilt, require_complete, tied_as_stored
 from qft.shard_writer import MAX_SHARD_BYTES, write_shards
 from qft.shards import ShardedCheckpoint, tensor_bytes
 from qft.strategy import Merge, Strategy
@@ -65,26 +67,55 @@ def open_source(
     checkpoint = _open_base(base, config, skeleton, names, rounding)
     held = set(checkpoint.names())
     names = {name: module for name, module in names.items() if name in held}
-    tied = tied_names(skeleton, names)
+    if adapter is not None:
+        names = _used(names, skeleton, config)
+    tied = kept = tied_as_stored(skeleton, names, checkpoint)
     merge: Merge | None = None
+    tensors = ModuleTensors(checkpoint, names, tied, transposed_weights(skeleton))
     if adapter is not None:
         if strategy is None:
             raise AdapterError("An adapter cannot be opened without its strategy.", where=adapter)
-        _require_mergeable(strategy, adapter)
-        merge = strategy.open_merge(adapter, ModuleTensors(checkpoint, names, tied))
+        require_mergeable(strategy, adapter)
+        merge = strategy.open_merge(adapter, tensors)
+    written = _merged_config(config, skeleton, merge, dtype)
+    if merge is not None:
+        require_complete(skeleton, names, tied, merge)
+        written, kept = fit_config(written, skeleton, names, tied, merge, tensors)
     return MergedTensors(
         checkpoint,
         names,
         merge,
-        tied=tied,
+        tied=kept,
+        twins={absent: present for absent, present in tied.items() if absent not in kept},
         dtype=dtype,
-        config=_merged_config(config, skeleton, merge, dtype),
+        config=written,
         files=side_files(base, adapter),
-        sources=sorted(p for p in adapter.rglob("*") if p.is_file()) if adapter else (),
+        sources=strategy.files(adapter) if adapter and strategy else (),
+        settings=repr(strategy),
     )
 
 
-def _require_mergeable(strategy: Strategy, adapter: Path) -> None:
+def _used(
+    names: Mapping[str, str], skeleton: nn.Module, config: Mapping[str, Any]
+) -> dict[str, str]:
+    """What the merged model has a module for, where it is of another class than the base.
+
+    A classifier made of a language model has no use for that one's head; what a model of the same
+    class does not know either (layers for another runtime) is kept.
+    """
+    if config.get("architectures") == [type(skeleton).__name__]:
+        return dict(names)
+    known = rebuilt(skeleton, {}).state_dict()  # with a pooler that pooling does without
+    prefix = str(getattr(skeleton, "base_model_prefix", ""))
+    return {
+        name: module
+        for name, module in names.items()
+        if module in known or f"{prefix}.{module}" in known
+    }
+
+
+def require_mergeable(strategy: Strategy, adapter: Path) -> None:
+    """Raises AdapterError where a strategy changes no weights of the base."""
     if not strategy.mergeable:
         raise AdapterError(
             f"What the strategy {strategy.name!r} trains cannot be folded into the base's tensors.",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qft import models
 from qft.merging.bnb_rounding import (
     blocks_of_groups,
+    empty_scales,
     groups,
     pack_rows,
     quantized_linears,
@@ -251,7 +252,9 @@ class RoundedBase(DequantizedBase):
             return unround_int8(*round_int8(rows, name))
         if self._scales is None or self._scales[0] != name:
             parts = blocks_of_groups(self._size(name), self._together(name))
-            found = torch.cat([scales_of(self._rows(name, p)) for p in parts])
+            found = empty_scales(self._size(name))
+            for p in parts:
+                found[groups(p, rows.shape[1])] = scales_of(self._rows(name, p))
             self._scales = (name, round_scales(found).values)
         scales = self._scales[1][groups(part, rows.shape[1])]
         shape = (rows.shape[0], rows.shape[1])

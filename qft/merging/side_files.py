@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from qft.errors import ModelError
 from qft.shards import inside
 
 _TOKENIZER = (
@@ -33,15 +34,16 @@ def side_files(base: Path, adapter: Path | None = None) -> dict[str, Path]:
     Raises:
         ModelError: one of them is a link that leads out of its folder.
     """
-    found = _tokenizer_files(adapter) if adapter is not None else {}
-    found = found or _tokenizer_files(base)
+    found = tokenizer_files(adapter) if adapter is not None else {}
+    found = found or tokenizer_files(base)
     for folder in (base, adapter):
         if folder is not None and (folder / _GENERATION).is_file():
             found[_GENERATION] = inside(folder, _GENERATION)
     return found
 
 
-def _tokenizer_files(folder: Path) -> dict[str, Path]:
+def tokenizer_files(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files in a folder, or none where it holds no whole tokenizer."""
     names = [name for name in _TOKENIZER if (folder / name).is_file()]
     if not {"tokenizer.json", "tokenizer_config.json"} & set(names):
         return {}
@@ -50,8 +52,17 @@ def _tokenizer_files(folder: Path) -> dict[str, Path]:
 
 
 def copy_files(files: Mapping[str, Path], folder: Path) -> None:
-    """Copies contents, not links or modes, into ``folder``."""
+    """Copies contents, not links or modes, into ``folder``.
+
+    Raises:
+        ModelError: one cannot be read.
+    """
     for name, path in files.items():
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise ModelError("A file of the model cannot be read.", where=path,
+                             found=error.strerror) from None  # fmt: skip
         shutil.copyfile(path, folder / name)
         (folder / name).chmod(_MODE)
 

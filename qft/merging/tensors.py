@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from qft.errors import AdapterError, ModelError
+from qft.errors import ModelError
 from qft.merging.rounded_base import BaseCheckpoint
 from qft.shards import Fingerprint, row_blocks, tensor_bytes
 from qft.strategy import Merge, Rows
@@ -58,6 +58,7 @@ class ModuleTensors:
         checkpoint: the open base.
         names: checkpoint name → module name, from :func:`qft.models.module_names`.
         tied: module name that is not stored → the module name whose tensor it shares.
+        transposed: names of weights that are stored ``[in, out]``.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class ModuleTensors:
         checkpoint: BaseCheckpoint,
         names: Mapping[str, str],
         tied: Mapping[str, str] | None = None,
+        transposed: Collection[str] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._stored = {module: name for name, module in names.items()}
-        for absent, present in (tied or {}).items():
+        self._tied, self._transposed = dict(tied or {}), frozenset(transposed)
+        for absent, present in self._tied.items():
             if present in self._stored:
                 self._stored.setdefault(absent, self._stored[present])
 
@@ -97,6 +100,16 @@ class ModuleTensors:
         """Some neighbouring columns of a matrix, ``[rows, len(columns)]``."""
         return self._checkpoint.read_columns(self._name(name), columns)
 
+    def transposed(self, name: str) -> bool:
+        """Whether a layer's weight is stored ``[in, out]``."""
+        return name in self._transposed
+
+    def shared(self, name: str) -> list[str]:
+        """The other names of a tensor that the base ties to them."""
+        first = self._tied.get(name, name)
+        group = [first, *(absent for absent, present in self._tied.items() if present == first)]
+        return [other for other in group if other != name]
+
     def _name(self, name: str) -> str:
         try:
             return self._stored[name]
@@ -113,11 +126,13 @@ class MergedTensors:
         base: the open base checkpoint.
         names: checkpoint name → module name.
         merge: the open adapter, or None.
-        tied: tied module name → the one that is stored; see :func:`tied_names`.
+        tied: module name that stays tied → the one that is stored; see :func:`tied_names`.
+        twins: module name that was tied in the base and is no longer → the one that is stored.
         dtype: of every floating tensor; None keeps each one's own.
         config: the result's config.json.
         files: the result's tokenizer and generation files.
         sources: the adapter's files.
+        settings: what else decides the result, as text.
     """
 
     def __init__(
@@ -127,51 +142,31 @@ class MergedTensors:
         merge: Merge | None = None,
         *,
         tied: Mapping[str, str] | None = None,
+        twins: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
         config: Mapping[str, Any] | None = None,
         files: Mapping[str, Path] | None = None,
         sources: Sequence[Path] = (),
+        settings: str = "",
     ) -> None:
         self._base, self._merge, self._dtype = base, merge, dtype
-        self._sources = list(sources)
-        self._tied = dict(tied or {})
+        self._sources, self._settings = list(sources), settings
         # not copied: they lie in a file
         self._added: Mapping[str, Rows] = merge.added() if merge is not None else {}
-        self._modules = {n: m for n, m in names.items() if m not in self._tied}
-        known = set(self._modules.values())
+        once = set(tied or {})  # these are written under one name alone
+        self._modules = {n: m for n, m in names.items() if m not in once}
+        self._stored = {name: name for name in names}  # a name → where its base tensor lies
+        places = {module: name for name, module in names.items()}
+        for absent, present in (twins or {}).items():
+            if absent not in places:
+                self._modules[absent] = absent
+                self._stored[absent] = places[present]
+        known = {*self._modules.values(), *once}
         self._modules |= {name: name for name in self._added if name not in known}
         self.config: Mapping[str, Any] = dict(config or {})
         self.files: Mapping[str, Path] = dict(files or {})
         self.changed: set[str] = set()  # names whose value was read and is not the base's
-        self._stored = set(base.names())
         self._fingerprint = Fingerprint()
-        self._check_tied()
-
-    def _check_tied(self) -> None:
-        """Refuses an adapter that changes a tied head alone; merging would change both."""
-        if self._merge is None:
-            return
-        for head, twin in self._tied.items():
-            stored = next((n for n, m in self._modules.items() if m == twin), None)
-            if stored is None:
-                continue
-            if head in self._added or self._edits(head, stored):
-                raise AdapterError(
-                    "The adapter changes one of two tied tensors, and the merged model has only "
-                    "one for both.",
-                    where=head,
-                    found=f"the base ties it to {twin}",
-                    fix="use base and adapter unmerged, or train without this target",
-                )
-
-    def _edits(self, module: str, stored: str) -> bool:
-        """Whether the adapter would make something else of a base tensor under a module's name."""
-        assert self._merge is not None
-        for block in row_blocks(self._base.shape(stored)):
-            rows = self._base.read_rows(stored, range(block.start, block.stop))
-            if self._merge.edit(module, rows, block.start) is not rows:
-                return True
-        return False
 
     def names(self) -> list[str]:
         """The base's names in their order, then what the adapter adds."""
@@ -184,13 +179,13 @@ class MergedTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the merged tensor."""
         if self._merge is None:
-            return self._base.shape(name)
+            return self._base.shape(self._stored[name])
         return tuple(self._merge.shape(self._modules[name]))
 
     def dtype(self, name: str) -> torch.dtype:
         """What :meth:`read` gives."""
-        stored = name in self._stored
-        own = self._base.dtype(name) if stored else self._added[self._modules[name]].dtype
+        stored = self._stored.get(name)
+        own = self._base.dtype(stored) if stored else self._added[self._modules[name]].dtype
         return self._dtype if self._dtype is not None and own.is_floating_point else own
 
     def total_bytes(self) -> int:
@@ -232,10 +227,11 @@ class MergedTensors:
             self.changed.add(name)
             added = self._added[module]
             return None, added if isinstance(added, Tensor) and not added.shape else added[part]
-        if self._base.shape(name):
-            stored = self._base.read_rows(name, range(part.start, part.stop))
+        place = self._stored[name]
+        if self._base.shape(place):
+            stored = self._base.read_rows(place, range(part.start, part.stop))
         else:
-            stored = self._base.read(name)
+            stored = self._base.read(place)
         if self._merge is None:
             return stored, stored
         merged = self._merge.edit(module, stored, part.start)
@@ -245,8 +241,8 @@ class MergedTensors:
 
     def made_from(self) -> list[tuple[str, int, int]]:
         """See :class:`TensorSource`; how the base is rounded decides the bytes as well."""
-        rounded = [(self._base.rounded, 0, 0)] if self._base.rounded else []
-        return rounded + described([*self._base.files(), *self._sources])
+        words = [(word, 0, 0) for word in (self._settings, self._base.rounded) if word]
+        return [*described([*self._base.files(), *self._sources]), *words]
 
     def fingerprint(self) -> str:
         """Of the base as it is, or of the folder a merge would write, once all of it was read."""

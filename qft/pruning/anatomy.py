@@ -17,9 +17,10 @@ from torch import nn
 
 from qft import models
 from qft.errors import ModelError
+from qft.layer_stream import only_stack
 from qft.lean.model_parts import head_names
 from qft.merging.tensors import tied_names
-from qft.pruning.layer_stream import only_stack, refuse_quantized
+from qft.pruning.layer_stream import refuse_quantized
 
 Dimension = Literal["neurons", "queries", "keys", "hidden"]
 Axes = tuple[Dimension | None, ...]

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from qft.errors import ModelError
 from qft.files import manifest_problem, new_folder, write_manifest
+from qft.layer_stream import StreamedLayer
 from qft.progress import QUIET, Reporter
 from qft.pruning.anatomy import Anatomy, Piece
 from qft.pruning.hessian import add_inputs_, factorise_, new_hessian
-from qft.pruning.layer_stream import StreamedLayer, stream_layers
+from qft.pruning.layer_stream import stream_layers
 from qft.pruning.smallest import prune_by_wanda_
 from qft.pruning.sparsegpt import prune_by_sparsegpt_
 from qft.pruning.sparsity import Sparsity

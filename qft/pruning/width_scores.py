@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from qft import models
 from qft.data.tasks import Example
 from qft.errors import ModelError
+from qft.layer_stream import StreamedLayer
 from qft.progress import QUIET, Reporter
 from qft.pruning.anatomy import Anatomy
 from qft.pruning.calibration import CalibrationRows
-from qft.pruning.layer_stream import StreamedLayer, stream_layers
+from qft.pruning.layer_stream import stream_layers
 
 IMPORTANCE = ("activation", "activation-mean", "taylor")
 

@@ -113,7 +113,7 @@ class Trial:
                 if name in tensors.names():
                     value.copy_(merge.edit(name, value.clone()))
                 elif name in added:
-                    value.copy_(added[name])
+                    value.copy_(added[name][:])
         change = difference(outputs(model, self.architecture), answer)
         self.expect(change < 1e-4, key, f"merging changed the function by {change:.1e}")
 
