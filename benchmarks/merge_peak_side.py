@@ -25,14 +25,16 @@ Merge = Callable[[str, str, str], None]  # base, adapter, out
 
 def qft() -> Merge:
     """qft's own, as `qft merge` calls it."""
-    import transformers.models.llama.modeling_llama
-    import transformers.models.llama.tokenization_llama  # noqa: F401
+    import transformers.models.auto.tokenization_auto
+    import transformers.models.encoder_decoder.configuration_encoder_decoder
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import qft.export.delivery
-    import qft.merging.merge
+    import adapters.from_elsewhere
+    import adapters.lora  # noqa: F401
+    from qft.export.delivery import merge
 
     def run(base: str, adapter: str, out: str) -> None:
-        qft.export.delivery.merge(adapter, out, base=base)
+        merge(adapter, out, base=base)
 
     return run
 
