@@ -171,32 +171,43 @@ def _require_agreement(
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The measured rows as Markdown: mean ± standard deviation over the seeds."""
-    parts = []
-    for key, columns, digits in (
-        ("loss", ("untrained", "unmerged", *WAYS), 3),
-        ("kl", WAYS, 4),
-        ("top1", WAYS, 3),
-        ("rounding", WAYS, 2),
-        ("kept", WAYS, 2),
-    ):
-        lines = ["| " + " | ".join([key, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-        for model, strength, base in itertools.product(MODELS, STRENGTHS, BASES):
-            cells = [f"{model}, {strength}, {base}"]
-            for way in columns:
-                values = [row[key] for row in rows if (row["model"], row["strength"], row["base"],
-                          row["way"]) == (model, strength, base, way)]  # fmt: skip
-                cells.append(_cell(values, digits))
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """The rows as Markdown: mean ± standard deviation over the seeds.
+
+    A way's loss is given as what it is above the unmerged one of the same adapter.
+    """
+    found: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        key = (row["model"], row["strength"], row["base"], row["way"])
+        found.setdefault(key, []).append(row)
+    loss = [["loss", "untrained", "unmerged", *WAYS]]
+    near = [["mean KL; top-1", *WAYS]]
+    left = [["rounding; kept", *WAYS]]
+    for case in itertools.product(MODELS, STRENGTHS, BASES):
+        name = f"{case[0]}, {case[1]}, on {case[2]}"
+        unmerged, ways_of = found[(*case, "unmerged")], [found[(*case, way)] for way in WAYS]
+        loss.append([
+            name, *(_cell([r["loss"] for r in found[(*case, way)]]) for way in loss[0][1:3]),
+            *(_cell([r["loss"] - u["loss"] for r, u in zip(way, unmerged, strict=True)], sign="+")
+              for way in ways_of),
+        ])  # fmt: skip
+        near.append([name, *(_pair(way, "kl", 4, "top1", 3) for way in ways_of)])
+        left.append([name, *(_pair(way, "rounding", 2, "kept", 2) for way in ways_of)])
+    return "\n\n".join(_markdown(table) for table in (loss, near, left))
 
 
-def _cell(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "–"
-    spread = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):.{digits}f} ± {spread:.{digits}f}"
+def _markdown(table: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
+
+
+def _pair(rows: Sequence[Mapping[str, Any]], one: str, digits: int, other: str, more: int) -> str:
+    first, second = ([row[key] for row in rows] for key in (one, other))
+    return f"{_cell(first, digits)}; {_cell(second, more)}"
+
+
+def _cell(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    mean = round(statistics.mean(values), digits) + 0.0  # no -0.000
+    return f"{mean:{sign}.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def measure_all(work: Path) -> None:
