@@ -22,7 +22,6 @@ from qft.errors import Interrupted, RecipeError
 from qft.export.beside import BesideSubject, beside_bytes, locate_beside, write_beside
 from qft.export.delta_rounding import DeltaRounding
 from qft.export.formats import ExportReport, require_known, write_format
-from qft.export.proof import prove, rows_of
 from qft.export.right_base import (
     BESIDE,
     BaseChoice,
@@ -34,15 +33,16 @@ from qft.export.right_base import (
     require_word,
     rounding_of,
 )
-from qft.export.stops import complete_stops
-from qft.export.subject import Subject, locate, of_adapter
-from qft.export.verify import FILE
 from qft.files import replace_folder, require_absent, require_apart, restore_former
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
 from qft.merging.together import combine_folders, listed, located
 from qft.progress import QUIET, Reporter, human_bytes
+from qft.verification.proof import prove, rows_of
+from qft.verification.stops import complete_stops
+from qft.verification.subject import Subject, locate, of_adapter
+from qft.verification.verify import FILE
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
 
