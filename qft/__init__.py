@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from qft.distillation.teach import teach
     from qft.errors import QftError
     from qft.export.delivery import merge
-    from qft.export.proof import verify
     from qft.healing import heal
     from qft.opening import open_any
     from qft.preparation import prepare, unprepare
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from qft.recipe import Recipe, build_recipe, load_recipe
     from qft.scoring import evaluate
     from qft.training import train
+    from qft.verification.proof import verify
 
 _HOMES = {
     "QftError": "qft.errors",
@@ -40,7 +40,7 @@ _HOMES = {
     "teach": "qft.distillation.teach",
     "train": "qft.training",
     "unprepare": "qft.preparation",
-    "verify": "qft.export.proof",
+    "verify": "qft.verification.proof",
 }
 
 __all__ = [

@@ -498,7 +498,7 @@ def verify_model(
     as_json: Json = False,
 ) -> None:
     """Check that an artefact still is the model that was trained; exit 5 where it is not."""
-    from qft.export.proof import verify as run
+    from qft.verification.proof import verify as run
 
     report = run(
         reference,

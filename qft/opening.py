@@ -11,7 +11,7 @@ from torch import nn
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.errors import RecipeError
-from qft.export.read_back import gguf_file, read_back
+from qft.verification.read_back import gguf_file, read_back
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,9 @@ from qft.errors import ModelError, OutputExistsError, RecipeError, SaveError
 from qft.export.formats import FORMATS, write_format
 from qft.export.gguf_format import reorder_rows
 from qft.export.gguf_tokenizer import read_vocabulary
-from qft.export.read_back import read_back
 from qft.merging.merge import open_source
 from qft.merging.tensors import MergedTensors
+from qft.verification.read_back import read_back
 
 torch.set_num_threads(1)
 Usage = namedtuple("Usage", "total used free")

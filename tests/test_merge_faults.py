@@ -209,7 +209,7 @@ def test_overwriting_keeps_the_former_model_until_the_new_one_is_there(
                 moments.tick()
                 return {}
 
-            monkeypatch.setattr(delivery, "_proven", prove)
+            monkeypatch.setattr(delivery, "proven", prove)
             return command(made, out, *flags)
 
         assert in_a_child(work) == -signal.SIGKILL
@@ -219,7 +219,7 @@ def test_overwriting_keeps_the_former_model_until_the_new_one_is_there(
             proven[0] = True
             return {}
 
-        monkeypatch.setattr(delivery, "_proven", prove)
+        monkeypatch.setattr(delivery, "proven", prove)
         assert command(made, out, *flags) == 0
         assert contents(out) == contents(made / "merged"), at
         assert [p.name for p in out.parent.iterdir()] == ["out"]
@@ -237,7 +237,7 @@ def test_a_model_that_is_not_proven_does_not_replace_the_former(tmp_path, made, 
     def prove(*_: Any) -> dict[str, Any]:
         raise VerificationError("The merged model is another one.")
 
-    monkeypatch.setattr(delivery, "_proven", prove)
+    monkeypatch.setattr(delivery, "proven", prove)
     with pytest.raises(VerificationError):
         merge(made, out, overwrite=True, verify=True)
     assert contents(out) == {"former": b"precious"}

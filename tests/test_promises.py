@@ -59,11 +59,12 @@ _PLACES = """
     readiness checking training folds
     export.safetensors_format export.gguf_tokenizer export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
-    export.formats export.thresholds export.read_back export.diagnosis export.tally
-    export.subject export.tensors_check export.tokens_check export.stops
-    export.answers export.listening export.verify export.layerwise export.streams
-    export.summary opening written scoring export.proof export.right_base
-    export.beside export.delivery export healing
+    export.formats
+    verification.thresholds verification.read_back verification.diagnosis verification.tally
+    verification.subject verification.tensors_check verification.tokens_check verification.stops
+    verification.answers verification.listening verification.verify verification.layerwise
+    verification.streams verification.summary opening written scoring verification.proof
+    export.right_base export.beside export.place export.proven export.delivery export healing
     demo.docstrings demo.job
     cli
 """
@@ -78,6 +79,7 @@ FRONTS = (
     "merging",
     "metrics",
     "pruning",
+    "verification",
 )  # packages that only describe
 
 

@@ -22,7 +22,6 @@ from qft import models, quantization
 from qft.card import make_card, write_card
 from qft.errors import ModelError, RecipeError
 from qft.export.right_base import place_and_word
-from qft.export.thresholds import THRESHOLDS, Thresholds
 from qft.four_bit import unpack_rows
 from qft.merging.merge import open_source
 from qft.merging.rounded_base import RoundedBase, Rounding, layers_of
@@ -30,6 +29,7 @@ from qft.models import ModelSpec, fingerprint
 from qft.progress import Reporter
 from qft.registry import settings_of
 from qft.shards import ShardedCheckpoint
+from qft.verification.thresholds import THRESHOLDS, Thresholds
 
 torch.set_num_threads(1)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

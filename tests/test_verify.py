@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 from qft import models
 from qft.errors import ModelError, VerificationError
 from qft.export.formats import FORMATS, write_format
-from qft.export.read_back import read_back
-from qft.export.thresholds import THRESHOLDS, Thresholds
-from qft.export.verify import FILE, verify
 from qft.merging.merge import open_source
+from qft.verification.read_back import read_back
+from qft.verification.thresholds import THRESHOLDS, Thresholds
+from qft.verification.verify import FILE, verify
 
 torch.set_num_threads(1)
 ANY = Thresholds(math.inf, math.inf, 0.0, math.inf)

@@ -21,14 +21,14 @@ from qft.adapter_folder import locate_adapter
 from qft.cli import app
 from qft.errors import RecipeError, VerificationError
 from qft.export.formats import FORMATS, write_format
-from qft.export.stops import check_generation, taught_ids
-from qft.export.subject import locate, of_adapter
-from qft.export.tally import first_diverging
-from qft.export.thresholds import THRESHOLDS
 from qft.layer_weights import LayerWeights
 from qft.lean.model_parts import layer_stacks
 from qft.merging.merge import open_source, write_model
 from qft.strategy import Context
+from qft.verification.stops import check_generation, taught_ids
+from qft.verification.subject import locate, of_adapter
+from qft.verification.tally import first_diverging
+from qft.verification.thresholds import THRESHOLDS
 
 torch.set_num_threads(1)
 ROWS = 6

@@ -11,7 +11,7 @@ from typing import Any
 
 
 class _CallablePackage(ModuleType):
-    """Lets `qft.export(run, out, format=…)` stand beside `import qft.export.verify`."""
+    """Lets `qft.export(run, out, format=…)` stand beside `import qft.verification.verify`."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> dict[str, Any]:
         from qft.export.delivery import export

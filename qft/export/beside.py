@@ -19,11 +19,11 @@ from torch import nn
 from qft import models
 from qft.adapter_folder import BESIDE, AdapterFolder, locate_adapter
 from qft.card import write_card
-from qft.export.subject import Subject
 from qft.files import new_folder, read_json, require_disk, write_json
 from qft.merging.merge import Progress
 from qft.merging.side_files import side_files
 from qft.shards import INDEX, ShardedCheckpoint, inside
+from qft.verification.subject import Subject
 
 _ADAPTER_FILES = {".json", ".safetensors", ".jinja", ".txt", ".model"}
 _PEFT_CONFIG = "adapter_config.json"

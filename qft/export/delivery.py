@@ -6,9 +6,7 @@ training saw it*, the artefact is read back from the disk.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ import torch
 from qft import models
 from qft.adapter_folder import AdapterFolder
 from qft.data.tasks import ExampleSet
-from qft.errors import Interrupted, RecipeError
-from qft.export.beside import BesideSubject, beside_bytes, locate_beside, write_beside
+from qft.errors import QftError, RecipeError
+from qft.export.beside import beside_bytes, write_beside
 from qft.export.delta_rounding import DeltaRounding
 from qft.export.formats import ExportReport, require_known, write_format
-from qft.export.proof import prove, rows_of
+from qft.export.place import proven_first, require_place
+from qft.export.proven import artefact_of, proven, say_losses
 from qft.export.right_base import (
     BESIDE,
     BaseChoice,
@@ -34,15 +33,14 @@ from qft.export.right_base import (
     require_word,
     rounding_of,
 )
-from qft.export.stops import complete_stops
-from qft.export.subject import Subject, locate, of_adapter
-from qft.export.verify import FILE
-from qft.files import replace_folder, require_absent, require_apart, restore_former
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
 from qft.merging.together import combine_folders, listed, located
 from qft.progress import QUIET, Reporter, human_bytes
+from qft.verification.proof import rows_of
+from qft.verification.stops import complete_stops
+from qft.verification.subject import Subject, locate, of_adapter
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
 
@@ -96,7 +94,7 @@ def merge(
                                overwrite=overwrite, reporter=reporter)  # fmt: skip
     with located(source, out, chosen, base=base, strategy=strategy) as found:
         reference = of_adapter(found, str(listed(source)[0]))
-        _require_place(reference, Path(out), overwrite)
+        require_place(reference, Path(out), overwrite)
         rows = _rows(reference, data, "without --verify") if verify else None
         choice = _choice(reference, found, onto, rows, data, reporter)
         tensors = _open(found, models.DTYPES[dtype] if dtype else None, choice)
@@ -114,7 +112,7 @@ def _merge(
 ) -> dict[str, Any]:
     """Writes the merged model, and compares it where there are rows."""
     report: dict[str, Any] = {"out": str(out), "base": choice.to_dict()}
-    with _proven_first(out, overwrite and rows is not None) as target:
+    with proven_first(out, overwrite and rows is not None) as target:
         with reporter.bar("merge", tensors.total_bytes()) as bar:
             written = write_model(tensors, target, overwrite=overwrite, progress=bar.advance)
         tensors.close()
@@ -127,7 +125,7 @@ def _merge(
             stored = str(_stored_dtype(tensors)).removeprefix("torch.")
             format = _STORED_AS.get(stored, "safetensors:fp32")
             artefact = locate(target, task=reference.spec.task)
-            report |= _proven(reference, artefact, rows, format, report, reporter)
+            report |= proven(reference, artefact, rows, format, report, reporter)
     return report
 
 
@@ -172,10 +170,10 @@ def export(
     if fuse:
         _require_fusible(format, verify)
     reference = locate(source, base=base, strategy=strategy)
-    _require_place(reference, Path(out), overwrite)
+    require_place(reference, Path(out), overwrite)
     rows = _rows(reference, data, "--no-verify") if verify else None
     choice = _export_choice(reference, format, onto, fuse, rows, data, reporter)
-    with _proven_first(Path(out), overwrite and verify) as target:
+    with proven_first(Path(out), overwrite and verify) as target:
         written = _write(reference, choice, format, target, overwrite, reporter)
         beside = choice is not None and choice.onto == BESIDE
         complete_stops(reference, target / "base" if beside else target)
@@ -186,9 +184,9 @@ def export(
         report = {**asdict(written), "path": str(Path(out) / written.path.relative_to(target)),
                   "notes": notes, "base": choice and choice.to_dict()}  # fmt: skip
         if rows is not None:
-            artefact = _artefact(choice, written.path, reference, strategy)
-            report |= _proven(reference, artefact, rows, format, report, reporter)
-        _say_losses(written.delta_rounding, report.get("loss"), reporter)
+            artefact = artefact_of(choice, written.path, reference, strategy)
+            report |= proven(reference, artefact, rows, format, report, reporter)
+        say_losses(written.delta_rounding, report.get("loss"), reporter)
     return report
 
 
@@ -208,39 +206,6 @@ def _fused(rounding: DeltaRounding | None) -> str:
         "--fuse has rounded the adapter with weights that sit on the grid already, where a small "
         f"change snaps back{figures}. Without --fuse nothing of it is lost"
     )
-
-
-def _require_place(reference: Subject, out: Path, overwrite: bool) -> None:
-    """Refuses an output that is taken, or not apart from what it is made from."""
-    require_absent(out, overwrite=overwrite)
-    found = reference.adapter
-    if found is None:
-        models.check_folder(reference.folder)
-        require_apart(out, reference.folder)
-    else:
-        require_apart(out, found.base, found.folder, _run_of(found.folder))
-
-
-@contextmanager
-def _proven_first(out: Path, wait: bool) -> Iterator[Path]:
-    """Where to write: with ``wait`` beside a former artefact, which stays until the proof."""
-    restore_former(out)
-    target = out.with_name(f"{out.name}.unproven") if wait and out.exists() else out
-    try:
-        yield target
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "Stopped before the model was complete; what is written is kept.",
-            where=out,
-            fix="the same command goes on",
-        ) from None
-    if target != out:
-        replace_folder(target, out)
-
-
-def _run_of(adapter: Path) -> Path:
-    """The run an adapter lies in, or the adapter itself."""
-    return adapter.parent if (adapter.parent / "recipe.yaml").is_file() else adapter
 
 
 def _export_choice(
@@ -282,10 +247,10 @@ def _choice(
 
 
 def _rows_to_choose_by(reference: Subject, data: str | None) -> ExampleSet | None:
-    """Those that were named, or the run's own; None of a run that held none out."""
+    """Those that were named, or the run's own; None of a run whose rows are not to be had."""
     try:
         return _rows(reference, data, "--base original")
-    except RecipeError:
+    except QftError:
         if data is not None:
             raise
         return None
@@ -341,48 +306,3 @@ def _rows(subject: Subject, data: str | None, way_out: str) -> ExampleSet:
         raise RecipeError(
             error.what, where=error.where, found=error.found, fix=f"{error.fix}, or {way_out}"
         ) from None
-
-
-def _artefact(
-    choice: BaseChoice | None, written: Path, reference: Subject, strategy: str | None
-) -> Subject:
-    if choice is not None and choice.onto == BESIDE:
-        return locate_beside(written, strategy)
-    return locate(written, task=reference.spec.task)
-
-
-def _proven(
-    reference: Subject,
-    artefact: Subject,
-    rows: ExampleSet,
-    format: str,
-    report: dict[str, Any],
-    reporter: Reporter,
-) -> dict[str, Any]:
-    """Compares reference and artefact; writes verification.json; raises past the thresholds."""
-    also = {key: report[key] for key in ("base", "delta_rounding") if report.get(key)}
-    home = artefact.home.parent if isinstance(artefact, BesideSubject) else artefact.home
-    found = prove(reference, artefact, rows, format=format, file=home / FILE, also=also,
-                  reporter=reporter)  # fmt: skip
-    return {"verification": found, "loss": _losses(found)}
-
-
-def _losses(verification: dict[str, Any]) -> dict[str, float] | None:
-    """Mean loss of the held-out labels, of reference and result."""
-    both = {
-        "reference": verification["perplexity_reference"],
-        "result": verification["perplexity"],
-    }
-    if any(value is None for value in both.values()):
-        return None
-    return {key: math.log(value) for key, value in both.items()}
-
-
-def _say_losses(
-    rounding: DeltaRounding | None, loss: dict[str, float] | None, reporter: Reporter
-) -> None:
-    parts = [rounding.text()] if rounding is not None else []
-    if loss is not None:
-        parts.append(f"loss {loss['result']:.4f}, of the reference {loss['reference']:.4f}")
-    if parts:
-        reporter.say("; ".join(parts))

@@ -8,8 +8,8 @@ from typing import Any
 
 from qft.data.template import has_template, render
 from qft.errors import QftError
-from qft.export.diagnosis import Finding
-from qft.export.subject import Subject
+from qft.verification.diagnosis import Finding
+from qft.verification.subject import Subject
 
 AWKWARD = (
     "", " ", "  two  spaces ", "\n\n", "\t tab\r\n line", "end ", " begin",

@@ -1,6 +1,6 @@
 """Does the artefact still know what training taught? Its answers against the reference's, measured.
 
-Both models are in memory here; `qft.export.layerwise` compares two that do not fit together.
+Both models are in memory here; `qft.verification.layerwise` compares two that do not fit together.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qft import quantization
 from qft.data.tasks import Example, Task
 from qft.errors import VerificationError
 from qft.evaluation import judge_of
-from qft.export.answers import comparable, inputs_of, judge_output
-from qft.export.diagnosis import HEAD, Finding, advice
-from qft.export.listening import LayerListener
-from qft.export.tally import LayerTally, LogitTally, first_diverging
-from qft.export.thresholds import Thresholds, thresholds_of
 from qft.files import write_json
 from qft.judging.judge import Judge
 from qft.lean.model_parts import device_of
+from qft.verification.answers import comparable, inputs_of, judge_output
+from qft.verification.diagnosis import HEAD, Finding, advice
+from qft.verification.listening import LayerListener
+from qft.verification.tally import LayerTally, LogitTally, first_diverging
+from qft.verification.thresholds import Thresholds, thresholds_of
 
 FILE = "verification.json"
 _ROWS = 4  # rows a forward pass: their logits are what is held
@@ -233,7 +233,7 @@ def verify(
 
     Args:
         reference: what was trained (base and adapter, or the merged model).
-        artefact: what :func:`qft.export.read_back.read_back` opened.
+        artefact: what :func:`qft.verification.read_back.read_back` opened.
         batches: held-out rows; or batches of ``input_ids`` [batch, length], ``attention_mask``,
             and ``labels`` where there are any: a language model is then compared only where the
             labels ask for a token.

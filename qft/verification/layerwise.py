@@ -8,14 +8,14 @@ from torch import Tensor
 
 from qft.data.tasks import Example
 from qft.errors import VerificationError
-from qft.export.answers import comparable, predicting
-from qft.export.diagnosis import EMBEDDINGS
-from qft.export.tally import POSITIONS
-from qft.export.thresholds import Thresholds
-from qft.export.verify import Comparison, Rows, Verification
 from qft.layer_stream import Stream
 from qft.layer_weights import LayerWeights
 from qft.lean.model_parts import writes_text
+from qft.verification.answers import comparable, predicting
+from qft.verification.diagnosis import EMBEDDINGS
+from qft.verification.tally import POSITIONS
+from qft.verification.thresholds import Thresholds
+from qft.verification.verify import Comparison, Rows, Verification
 
 
 def verify_by_layers(
@@ -27,7 +27,7 @@ def verify_by_layers(
     thresholds: Thresholds,
     progress: Callable[[int], object] | None = None,
 ) -> Verification:
-    """As :func:`qft.export.verify.verify`: hidden states after each layer, then the answers.
+    """As :func:`qft.verification.verify.verify`: hidden states after each layer, then the answers.
 
     In memory: one layer of one model, the hidden states of all rows twice, and at the end both
     models' heads with the logits of a few hundred positions.

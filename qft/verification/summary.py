@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qft.export.tally import allowed_at
-from qft.export.tokens_check import CONVERSATIONS
-from qft.export.verify import Verification
+from qft.verification.tally import allowed_at
+from qft.verification.tokens_check import CONVERSATIONS
+from qft.verification.verify import Verification
 
 
 def summary(result: Verification, *, texts: int, stops: Sequence[int], tokenizer: Any) -> list[str]:

@@ -12,13 +12,13 @@ from torch import nn
 from qft import hardware, models, quantized_linears
 from qft.adapter_folder import AdapterFolder
 from qft.errors import ModelError
-from qft.export.read_back import GGUFTensors, SafetensorsFolder, gguf_config
-from qft.export.subject import Subject
 from qft.layer_stream import only_stack
 from qft.layer_weights import LayerWeights, StoredTensors, module_names_of
 from qft.merging.tensors import ModuleTensors, tied_names
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context
+from qft.verification.read_back import GGUFTensors, SafetensorsFolder, gguf_config
+from qft.verification.subject import Subject
 
 
 class CannotStreamError(ModelError):

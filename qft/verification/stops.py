@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from qft.data.chat import terminators
 from qft.errors import ModelError, QftError
-from qft.export.diagnosis import Finding
-from qft.export.subject import Subject
 from qft.files import read_json, write_json
 from qft.lean.model_parts import device_of, is_encoder_decoder
+from qft.verification.diagnosis import Finding
+from qft.verification.subject import Subject
 
 _TALKS = ("chat", "instruct")
 _WRITES = ("text", "chat", "instruct", "seq2seq")

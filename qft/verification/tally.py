@@ -127,7 +127,7 @@ def allowed_at(place: int, limit: float) -> float:
 
     Args:
         place: 0 is before the first layer.
-        limit: :attr:`qft.export.thresholds.Thresholds.layer`.
+        limit: :attr:`qft.verification.thresholds.Thresholds.layer`.
     """
     return limit * math.sqrt(max(1, place))
 

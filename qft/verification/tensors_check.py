@@ -12,8 +12,8 @@ from torch import nn
 
 from qft import models
 from qft.errors import ModelError
-from qft.export.diagnosis import Finding
-from qft.export.subject import Subject
+from qft.verification.diagnosis import Finding
+from qft.verification.subject import Subject
 
 _ROWS = 4096  # of two tensors compared at a time
 

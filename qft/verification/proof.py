@@ -19,9 +19,13 @@ from torch import nn
 from qft import hardware, models
 from qft.data.tasks import TASKS, ExampleSet, pad_id
 from qft.errors import RecipeError, VerificationError
-from qft.export.diagnosis import Finding, advice
-from qft.export.layerwise import verify_by_layers
-from qft.export.stops import (
+from qft.files import write_json
+from qft.held_out import held_out_examples
+from qft.progress import QUIET, Bar, Reporter
+from qft.shards import ShardedCheckpoint
+from qft.verification.diagnosis import Finding, advice
+from qft.verification.layerwise import verify_by_layers
+from qft.verification.stops import (
     check_generation,
     check_inside_gguf,
     check_stops,
@@ -29,18 +33,14 @@ from qft.export.stops import (
     stand_in,
     taught_ids,
 )
-from qft.export.streams import CannotStreamError, open_weights
-from qft.export.subject import Subject, locate
-from qft.export.summary import summary
-from qft.export.tensors_check import check_tensors
-from qft.export.thresholds import Thresholds, limits, thresholds_of
-from qft.export.tokens_check import check_inside, check_template, check_tokens
-from qft.export.verify import FILE, Rows, Verification
-from qft.export.verify import verify as compare
-from qft.files import write_json
-from qft.held_out import held_out_examples
-from qft.progress import QUIET, Bar, Reporter
-from qft.shards import ShardedCheckpoint
+from qft.verification.streams import CannotStreamError, open_weights
+from qft.verification.subject import Subject, locate
+from qft.verification.summary import summary
+from qft.verification.tensors_check import check_tensors
+from qft.verification.thresholds import Thresholds, limits, thresholds_of
+from qft.verification.tokens_check import check_inside, check_template, check_tokens
+from qft.verification.verify import FILE, Rows, Verification
+from qft.verification.verify import verify as compare
 
 _TEXTS = 64  # held-out texts whose tokens are compared
 

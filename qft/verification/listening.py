@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qft.export.diagnosis import EMBEDDINGS
-from qft.export.tally import LayerTally
 from qft.lean.model_parts import layer_stacks
+from qft.verification.diagnosis import EMBEDDINGS
+from qft.verification.tally import LayerTally
 
 
 class LayerListener:

@@ -14,9 +14,9 @@ from torch import nn
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.errors import ModelError, RecipeError
-from qft.export.read_back import gguf_file, read_back
-from qft.export.thresholds import stored_format
 from qft.merging.side_files import side_files
+from qft.verification.read_back import gguf_file, read_back
+from qft.verification.thresholds import stored_format
 
 _DTYPES = {
     torch.float32: "safetensors:fp32",
