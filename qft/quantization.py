@@ -89,17 +89,21 @@ def require_something_left(skeleton: nn.Module, kept: Sequence[str]) -> None:
 
 
 def guard_cpu_kernels(model: nn.Module) -> int:
-    """Switches off bitsandbytes' CPU repacking; returns how many layers were guarded.
+    """Keeps bitsandbytes' CPU kernels from harm; returns how many layers were guarded.
 
     On a CPU with AVX512-BF16 a forward in ``eval()`` repacks 4-bit weights, and the next training
     forward runs a kernel without autograd: the loss looks right, LoRA gradients are mostly wrong,
     and a save can write a corrupt checkpoint (bitsandbytes 0.50.2). With the flag off neither
-    happens.
+    happens. Layers of some widths compute with the wrong scales: see
+    :func:`qft.four_bit.guard_forward`.
     """
     guarded = 0
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
+            from qft.four_bit import guard_forward
+
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            guard_forward(module)
             guarded += 1
     return guarded
 
@@ -110,9 +114,9 @@ def dequantized(module: nn.Module) -> Tensor:
     kind = type(weight).__name__
     full: Tensor = weight.data
     if kind == "Params4bit":
-        import bitsandbytes.functional as F
+        from qft.four_bit import unpack
 
-        full = F.dequantize_4bit(weight.data, weight.quant_state)
+        full = unpack(weight.data, weight.quant_state)
     if kind == "Int8Params":
         state: Any = getattr(module, "state", None)
         scale = weight.SCB if weight.SCB is not None else state.SCB
@@ -165,15 +169,14 @@ class FourBit:
         return gradient @ self._weight(gradient.dtype)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
-        import bitsandbytes.functional as F
+        from qft.four_bit import unpack
 
         weight = self.layer.weight
         state = weight.quant_state or self.layer.quant_state
         # bitsandbytes' CPU kernel makes its own result
         cuda = weight.device.type == "cuda"
         buffer = self.scratch.take(state.shape, state.dtype, weight.device) if cuda else None
-        full: Tensor = F.dequantize_4bit(weight.data.view(-1, 1), state, out=buffer)
-        return full.to(dtype)
+        return unpack(weight.data, state, out=buffer).to(dtype)
 
 
 @dataclass(frozen=True)

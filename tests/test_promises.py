@@ -30,8 +30,8 @@ _PLACES = """
     lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
-    quantization pooling model_dropout shards write_journal shard_writer models adapter_folder
-    strategy_table
+    four_bit quantization pooling model_dropout shards write_journal shard_writer models
+    adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
     data.augment data.splits data.tasks data.preflight inputs shard_store

@@ -1,14 +1,17 @@
 """What stays unquantized, what a quantized weight is worth, and bitsandbytes' traps."""
 
+import copy
 import importlib.util
 import warnings
+from pathlib import Path
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
 
 from qft import quantization
-from qft.errors import RecipeError
+from qft.errors import ModelError, RecipeError
 from qft.quantization import (
     KINDS,
     dequantized,
@@ -277,3 +280,222 @@ def test_a_loaded_model_quantizes_all_but_its_head(tiny_bert, kind):
     assert len(quantized) == 12  # two layers of six and the pooler, less the one that was named
     for name in quantized:
         assert dequantized(model.get_submodule(name)).shape in {(64, 64), (128, 64), (64, 128)}
+
+
+# --- widths that bitsandbytes' CPU kernels misread: multiples of 16 that are none of 64
+
+
+WIDTHS = (*range(16, 329, 16), 20, 33, 100, 172)
+
+
+def layer_of(
+    kind: str, width: int, *, double: bool = True, dtype: torch.dtype = torch.float32,
+    bias: bool = False, rows: int = 32,
+) -> bnb.nn.Linear4bit:  # fmt: skip
+    torch.manual_seed(width)
+    module = bnb.nn.Linear4bit(
+        width, rows, bias=bias, quant_type=kind, compress_statistics=double, compute_dtype=dtype
+    )
+    module.weight = bnb.nn.Params4bit(
+        torch.randn(rows, width, dtype=dtype), requires_grad=False, quant_type=kind,
+        compress_statistics=double, module=module,
+    )  # fmt: skip
+    return module.to("cpu")
+
+
+def from_bytes(module: bnb.nn.Linear4bit) -> Tensor:
+    """What the stored bytes stand for, weight by weight, in float32."""
+    state = module.weight.quant_state
+    packed = module.weight.data.reshape(-1)
+    codes = torch.stack([packed >> 4, packed & 15], 1).reshape(-1).int()[: state.shape.numel()]
+    scales = state.absmax
+    if state.nested:
+        nested = state.state2
+        coarse = nested.absmax.repeat_interleave(nested.blocksize)[: scales.numel()]
+        scales = nested.code[scales.int()] * coarse + state.offset
+    values = bnb.functional.get_4bit_type(state.quant_type, device="cpu")[codes]
+    each = scales.repeat_interleave(state.blocksize)[: codes.numel()]
+    return (values * each).view(state.shape)
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_every_width_is_read_from_its_own_scales(kind, double):
+    for width in WIDTHS:
+        module = layer_of(kind, width, double=double)
+        expected = from_bytes(module)
+        torch.testing.assert_close(dequantized(module), expected, rtol=1e-5, atol=1e-6)
+        frozen = quantization.FourBit(module, quantization.Scratch())
+        x, gradient = torch.randn(3, width), torch.randn(3, module.out_features)
+        torch.testing.assert_close(frozen.product(x), x @ expected.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(frozen.transposed(gradient), gradient @ expected,
+                                   rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [64, 128, 320])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_harmless_widths_are_bit_for_bit_what_they_were(kind, width):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        module = layer_of(kind, width, dtype=dtype)
+        direct = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(dequantized(module), direct)
+        guard_cpu_kernels(module)
+        assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_guarded_layers_of_every_width_compute_with_the_stored_weight(kind, double, training):
+    for width in WIDTHS:
+        module = layer_of(kind, width, double=double, bias=True).train(training)
+        guard_cpu_kernels(module)
+        weight, x = from_bytes(module), torch.randn(2, 3, width)
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        module.bias.requires_grad_(True)
+        bias = module.bias.detach().clone().requires_grad_(True)
+        expected = nn.functional.linear(theirs, weight, bias)
+        torch.testing.assert_close(module(ours), expected, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
+        pull = torch.randn_like(expected)
+        module(ours).backward(pull)
+        expected.backward(pull)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(module.bias.grad, bias.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_guarded_layer_keeps_bitsandbytes_types():
+    """The product is in the layer's own type, the result in that of the input."""
+    module = layer_of("nf4", 96, dtype=torch.bfloat16, bias=True)
+    guard_cpu_kernels(module)
+    x = torch.randn(3, 96)
+    found = module(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float())
+    expected = nn.functional.linear(x, from_bytes(module), module.bias.float())
+    assert 0 < (found - expected).norm() / expected.norm() < 0.01
+    assert module(x.half()).dtype == torch.float16
+
+
+def test_a_guarded_layer_can_be_copied_and_saved(tmp_path):
+    module = layer_of("nf4", 96)
+    before = module.state_dict()
+    guard_cpu_kernels(module)
+    after = module.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    twin = copy.deepcopy(module)
+    module.weight.data.zero_()  # so that a twin that asks its original is found out
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(twin(x), x @ from_bytes(twin).T, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(module(x), twin(x))
+    torch.save(twin, tmp_path / "layer.pt")
+    again = torch.load(tmp_path / "layer.pt", weights_only=False)
+    assert torch.equal(again(x), twin(x))
+
+
+def test_a_layer_that_accelerate_has_wrapped_keeps_its_hook():
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    calls = []
+
+    class Listens(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module)
+            return args, kwargs
+
+    module = layer_of("nf4", 96)
+    add_hook_to_module(module, Listens())
+    guard_cpu_kernels(module)
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(module(x), x @ from_bytes(module).T, rtol=1e-4, atol=1e-4)
+    assert calls == [module]
+
+
+def test_a_layer_filled_after_it_was_guarded_is_right():
+    """As a model that streams through memory does it, layer by layer."""
+    full = layer_of("fp4", 96)
+    with torch.device("meta"):
+        empty = bnb.nn.Linear4bit(96, 32, bias=False, quant_type="fp4")
+    guard_cpu_kernels(empty)
+    empty._parameters["weight"] = full.weight
+    x = torch.randn(3, 96)
+    torch.testing.assert_close(empty(x), x @ from_bytes(full).T, rtol=1e-4, atol=1e-4)
+
+
+def test_a_repacked_weight_is_refused():
+    module = layer_of("nf4", 64)
+    module.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(ModelError, match="repacked"):
+        dequantized(module)
+
+
+def odd_llama(folder: Path) -> nn.Module:
+    """A model whose layers are 96 and 208 wide, loaded by plain transformers in nf4."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=96, intermediate_size=208, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=loading_config("nf4", torch.float32, [])
+    )
+
+
+def in_full(model: nn.Module) -> nn.Module:
+    """The same model with every 4-bit layer as the plain one that its bytes stand for."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            plain = nn.Linear(module.in_features, module.out_features, bias=False)
+            plain.weight = nn.Parameter(from_bytes(module), requires_grad=False)
+            model.set_submodule(name, plain)
+    for flag in ("is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if hasattr(model, flag):
+            delattr(model, flag)
+    return model
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_on_odd_widths_trains_and_evaluates_the_stored_model(tmp_path, dora):
+    """Prepared, taken back, and in eval(): loss and gradients of the same model in full."""
+    import qft
+    from adapters.lora import LoRA
+
+    strategy = LoRA(rank=4, dropout=0.0, dora=dora)
+    four, full = odd_llama(tmp_path), in_full(odd_llama(tmp_path))
+    rows = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": rows, "labels": rows}
+    models = []
+    for model in (four, full):
+        torch.manual_seed(0)
+        model = qft.prepare(model, strategy, checkpointing="none")
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.randn_like(parameter) / 10)
+        models.append(model)
+    compare(models, batch)
+    models = [qft.unprepare(model) for model in models]
+    compare(models, batch)
+    with torch.no_grad():
+        ours, theirs = (model.eval()(**batch).logits for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def compare(models: list[nn.Module], batch: dict[str, Tensor]) -> None:
+    found = []
+    for model in models:
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), grads))
+    (ours, mine), (theirs, its) = found
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert mine.keys() == its.keys()
+    assert mine
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, its[name], rtol=1e-3, atol=1e-4)

@@ -22,7 +22,7 @@ from qft import models, quantization
 from qft.card import make_card, write_card
 from qft.errors import ModelError, RecipeError
 from qft.export.right_base import place_and_word
-from qft.merging.bnb_rounding import unpack_rows
+from qft.four_bit import unpack_rows
 from qft.merging.merge import open_source
 from qft.merging.rounded_base import RoundedBase, Rounding, layers_of
 from qft.models import ModelSpec, fingerprint

@@ -20,8 +20,8 @@ from qft import models, quantization
 from qft.errors import ModelError
 from qft.export.delta_rounding import DeltaRounding, DeltaTally
 from qft.export.layer_rows import Block, LayerRows
+from qft.four_bit import BLOCK, unpack_rows
 from qft.merging.bnb_rounding import (
-    BLOCK,
     NESTED_BLOCK,
     Scales,
     empty_scales,
@@ -31,7 +31,6 @@ from qft.merging.bnb_rounding import (
     round_int8,
     round_scales,
     scales_of,
-    unpack_rows,
     unround_int8,
 )
 from qft.merging.merge import Progress, write_config

@@ -12,18 +12,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from qft.errors import ModelError
+from qft.four_bit import BLOCK
 from qft.shards import BLOCK_NUMBERS, row_blocks
 
 if TYPE_CHECKING:
     from torch import nn
 
-BLOCK = 64  # weights a scale
 NESTED_BLOCK = 256  # scales a second scale
 _NUMBERS = BLOCK_NUMBERS // 4  # weights at a time: rounding holds several copies of them
 _LEAST = 1e-38  # what bitsandbytes takes for the scale of a last, incomplete group of zeros
@@ -115,33 +115,6 @@ def pack_rows(rows: Tensor, kind: str) -> Tensor:
     packed: Tensor
     packed, _ = functional.quantize_4bit(rows.contiguous(), blocksize=BLOCK, quant_type=kind)
     return packed
-
-
-def unpack_rows(
-    packed: Tensor,
-    scales: Tensor,
-    kind: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    block: int = BLOCK,
-) -> Tensor:
-    """What 4-bit rows stand for.
-
-    They are handed over as one long row: for matrices whose rows are a multiple of 16 and not of 64
-    weights, bitsandbytes 0.50.2 takes the wrong scales on a CPU with AVX512.
-
-    Args:
-        packed: uint8.
-        scales: float32, of their groups.
-        shape: of the rows.
-        dtype: that was quantized.
-    """
-    import bitsandbytes.functional  # noqa: F401  registers the operation
-
-    operation: Any = torch.ops.bitsandbytes.dequantize_4bit.default
-    count = shape[0] * shape[1]
-    full: Tensor = operation(packed.reshape(-1, 1), scales, block, kind, (count,), dtype)
-    return full.view(shape)
 
 
 def groups(part: range, width: int, block: int = BLOCK) -> slice:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qft import models
+from qft.four_bit import unpack_rows
 from qft.merging.bnb_rounding import (
     blocks_of_groups,
     empty_scales,
@@ -25,7 +26,6 @@ from qft.merging.bnb_rounding import (
     round_scales,
     rows_together,
     scales_of,
-    unpack_rows,
     unround_int8,
 )
 from qft.shards import ShardedCheckpoint

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.errors import ModelError
+from qft.four_bit import unpack_rows
 from qft.merging.bnb_rounding import (
     groups,
     quantized_linears,
     rows_together,
-    unpack_rows,
     unround_int8,
 )
 from qft.merging.rounded_base import DequantizedBase
