@@ -162,7 +162,9 @@ def _peft_config(folder: Path) -> dict[str, Any]:
 
 def _check_base(card: dict[str, Any], base: Path, source: str, folder: Path) -> None:
     found = models.fingerprint(base)
-    if found not in (card["base_fingerprint"], card.get("original_fingerprint")):
+    made_of = models.original_fingerprint(models.read_config(base))  # of a copy qft quantized
+    wanted = (card["base_fingerprint"], card.get("original_fingerprint"))
+    if found not in wanted and made_of != card["base_fingerprint"]:
         raise AdapterError(
             "The adapter was made for another base model.",
             where=folder,

@@ -348,10 +348,22 @@ def test_auto_takes_what_measures_better(base, rows, tmp_path, capsys):
     assert (merged[name] - original[name]).norm() < 1e-3 * (rounded - original[name]).norm()
 
 
+def test_a_copy_that_qft_quantized_is_a_base_too(base, rows, tmp_path):
+    """Of a run whose base was quantized on loading: nothing need be rounded."""
+    adapter = make_adapter(tmp_path / "adapter", base, random_updates(base))
+    qft.export(base, tmp_path / "copy", format="bnb:nf4", verify=False)
+    out = tmp_path / "out"
+    report = qft.export(adapter, out, format="bnb:nf4", base=str(tmp_path / "copy"), verify=False)
+    assert report["base"]["onto"] == "beside"
+    assert (out / "base/model.safetensors").read_bytes() == (
+        tmp_path / "copy/model.safetensors"
+    ).read_bytes()
+
+
 def test_without_rows_auto_says_so(base, tmp_path):
     adapter = make_adapter(tmp_path / "adapter", base, random_updates(base))
     report = qft.merge(adapter, tmp_path / "out")
-    assert report["base"]["onto"] == "original"
+    assert report["base"]["onto"] == "dequantized"
     assert "no held-out rows" in report["base"]["why"]
     assert report["base"]["loss"] is None
 

@@ -153,22 +153,26 @@ def _deliver(out: Path, recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
     from qft.export.delivery import export, merge
 
     run = recipe.output
-    reporter.title("4. Merge, streamed tensor by tensor, and verify")
+    reporter.title("4. Merge, streamed by blocks of rows, and verify")
     delivered = {
         "merged": _with_size(out / "merged", lambda: merge(
             run, out / "merged", verify=True, reporter=reporter)),
     }  # fmt: skip
-    reporter.title("5. Export, from the original base and the adapter, and verify")
+    reporter.title("5. Export, from base and adapter, and verify")
     for format in EXPORTS:
         folder = out / format.replace(":", "-")
-        delivered[format] = _with_size(folder, _exporter(export, run, folder, format, reporter))
+        # bnb formats quantize the original with the change; the others go as the merge has measured
+        onto = "auto" if format.startswith("bnb:") else delivered["merged"]["base"]["onto"]
+        delivered[format] = _with_size(
+            folder, _exporter(export, run, folder, format, onto, reporter)
+        )
     return delivered
 
 
 def _exporter(
-    export: Any, run: str, folder: Path, format: str, reporter: Reporter
+    export: Any, run: str, folder: Path, format: str, onto: str, reporter: Reporter
 ) -> Callable[[], dict[str, Any]]:
-    return lambda: export(run, folder, format=format, reporter=reporter)
+    return lambda: export(run, folder, format=format, onto=onto, reporter=reporter)
 
 
 def _with_size(folder: Path, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:

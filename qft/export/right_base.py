@@ -27,7 +27,7 @@ from qft.shards import ShardedCheckpoint
 
 WORDS = ("auto", "dequantized", "original")
 BESIDE = "beside"  # not merged at all: see qft.export.beside
-_UNMEASURED = "original"  # what `auto` takes where nothing can be measured; see docs/merging.md
+_UNMEASURED = "dequantized"  # what training saw: it cannot surprise (docs/merging.md)
 _JUDGED_ROWS = 256  # held-out rows that the two bases are compared on at most
 
 
