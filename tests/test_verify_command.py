@@ -400,7 +400,7 @@ def test_a_base_that_was_quantized_in_training_is_quantized_layer_by_layer(
         "output": str(tmp_path / "run"),
     }  # fmt: skip
     run = qft.train(qft.build_recipe(values)).folder
-    qft.merge(run, tmp_path / "merged")
+    qft.merge(run, tmp_path / "merged", onto="original")
     one, other = both_ways(run, tmp_path / "merged", data)
     assert_agree(one, other)
     assert one["mean_kl"] > 1e-4  # the quantized base is not the one that was merged into

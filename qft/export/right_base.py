@@ -28,7 +28,7 @@ from qft.shards import ShardedCheckpoint
 WORDS = ("auto", "dequantized", "original")
 BESIDE = "beside"  # not merged at all: see qft.export.beside
 _UNMEASURED = "dequantized"  # what training saw: it cannot surprise (docs/merging.md)
-_JUDGED_ROWS = 256  # held-out rows that the two bases are compared on at most
+_JUDGED_ROWS = 128  # held-out rows that the two bases are compared on at most
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ def open_source(
         ModelError: the base is broken, or stored quantized by another than bitsandbytes.
         AdapterError: the adapter is for another base, or cannot be merged.
     """
+    if adapter is not None:
+        if strategy is None:
+            raise AdapterError("An adapter cannot be opened without its strategy.", where=adapter)
+        require_mergeable(strategy, adapter)
     config = models.read_config(base)
     names = models.module_names(base, skeleton)
     checkpoint = _open_base(base, config, skeleton, names, rounding)
@@ -73,9 +77,7 @@ def open_source(
     merge: Merge | None = None
     tensors = ModuleTensors(checkpoint, names, tied, transposed_weights(skeleton))
     if adapter is not None:
-        if strategy is None:
-            raise AdapterError("An adapter cannot be opened without its strategy.", where=adapter)
-        require_mergeable(strategy, adapter)
+        assert strategy is not None
         merge = strategy.open_merge(adapter, tensors)
     written = _merged_config(config, skeleton, merge, dtype)
     if merge is not None:

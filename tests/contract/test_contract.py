@@ -109,7 +109,7 @@ def merged_equals_adapter(base: Path, folder: Path) -> None:
     from qft.adapter_folder import locate_adapter, open_adapter_model
     from qft.export.delivery import merge
 
-    merge(folder / "killed", folder / "merged")
+    merge(folder / "killed", folder / "merged", onto="original")
     found = locate_adapter(folder / "killed")
     spec = found.spec(quantize="none", dtype=torch.float32, device="cpu")
     adapted = open_adapter_model(found, spec)
