@@ -400,7 +400,7 @@ def merge(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fold an adapter, or several together, into the base, streamed tensor by tensor."""
+    """Fold an adapter, or several together, into the base, streamed by blocks of rows."""
     from qft.export.delivery import merge as run
     from qft.export.right_base import place_and_word
 
