@@ -406,6 +406,16 @@ def test_a_base_that_was_quantized_in_training_is_quantized_layer_by_layer(
     assert one["mean_kl"] > 1e-4  # the quantized base is not the one that was merged into
 
 
+def test_a_model_of_fewer_words_is_one_clear_error(
+    assets: Path, mini: Path, data: str, tmp_path: Path
+) -> None:
+    other, told = assets / "models" / "stories260K", tmp_path / "told.json"
+    with pytest.raises(VerificationError, match="another vocabulary") as caught:
+        qft.verify(mini, other, data=data, limit=2, out=told)
+    assert "the reference has 6144" in str(caught.value.found)
+    assert json.loads(told.read_text())["passed"] is False
+
+
 def test_a_classifier_is_judged_in_its_own_measures(
     tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:

@@ -123,7 +123,7 @@ def rows_of(reference: Subject, *, data: str | None = None, limit: int | None = 
         labels_are=spec.labels_are,
         data=data,
         limit=limit,
-    )
+    ).first(limit)  # a text makes several examples
 
 
 def prove(
@@ -156,6 +156,7 @@ def prove(
         raise _incomplete(format, lost, file, artefact)
     texts = [str(tokenizer.decode(e.inputs["input_ids"])) for e in rows.examples[:_TEXTS]]
     findings, notes = check_words(reference, artefact, tokenizer, texts)
+    _require_words(reference, artefact, rows, format, file)
     task = TASKS[reference.spec.task]
     held = Rows(rows.examples, task, pad_id(tokenizer), rows.labels)
     way = choose_way(reference, artefact, layer_by_layer)
@@ -276,6 +277,25 @@ def _has_settings(artefact: Subject) -> bool:
 def _once(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     """Each text once, in order."""
     return tuple({finding.text: finding for finding in findings}.values())
+
+
+def _require_words(
+    reference: Subject, artefact: Subject, rows: ExampleSet, format: str, file: Path
+) -> None:
+    """Refuses to run an artefact on tokens that it has no embedding of."""
+    held = vocabulary(artefact)
+    largest = max((max(e.inputs["input_ids"]) for e in rows.examples), default=0)
+    if largest < held:
+        return
+    text = f"token {largest} of the held-out rows is not among the artefact's {held}"
+    finding = Finding("tokens", text, "")
+    write_json(file, {"format": format, "passed": False, "findings": [asdict(finding)]})
+    raise VerificationError(
+        f"The artefact ({format}) has another vocabulary than what was trained.",
+        where=artefact.home,
+        found=f"{text}; the reference has {vocabulary(reference)}",
+        fix="compare it with the model it was made from",
+    )
 
 
 def _incomplete(
