@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from qft import models
-from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
-from qft.errors import RecipeError
-from qft.verification.read_back import gguf_file, read_back
+from qft.adapter_folder import AdapterFolder, open_adapter_model
+from qft.verification.read_back import read_back
+from qft.verification.subject import locate
 
 
 @dataclass(frozen=True)
@@ -54,29 +53,18 @@ def open_any(
         QftError: it cannot be opened; says why.
     """
     trust = trust or models.Trust()
-    path = Path(source).expanduser()
-    if (path.is_dir() and adapter_in(path) is not None) or (path / "checkpoints").is_dir():
-        found = locate_adapter(path, base=base, strategy=strategy, trust=trust)
-        if task not in (None, found.task):
-            raise RecipeError("The adapter was trained for another task.", where="--task",
-                              found=f"{task}; it was trained for {found.task}")  # fmt: skip
-        return _open_adapter(found, trust, spec_changes)
-    if gguf := gguf_file(path):
-        tokenizer = models.open_tokenizer(gguf.parent)
-        config_file = gguf.parent / "config.json"
-        config = models.read_config(gguf.parent) if config_file.is_file() else {}
-        return Opened(read_back(gguf), tokenizer, task or models.task_of(config), None, None)
-    folder = models.resolve_folder(source, trust)
-    config = models.read_config(folder)
-    named = task or models.task_of(config)
-    if named not in models.AUTO_CLASSES:
-        raise RecipeError("No such task.", where="--task", found=named,
-                          fix=", ".join(models.AUTO_CLASSES))  # fmt: skip
-    spec = models.ModelSpec(source=source, task=named, trust=trust, **spec_changes)
-    model = models.open_model(folder, spec)
-    labels, kind = models.labels_in(config) if named in ("classify", "token") else (None, "one")
-    tokenizer = models.open_tokenizer(folder, trust)
-    return Opened(model, tokenizer, spec.task, labels, None, kind)
+    subject = locate(source, base=base, strategy=strategy, task=task, trust=trust)
+    if subject.adapter is not None:
+        return _open_adapter(subject.adapter, trust, spec_changes)
+    spec = subject.spec
+    if subject.gguf is not None:
+        tokenizer = models.open_tokenizer(subject.folder)
+        return Opened(read_back(subject.gguf), tokenizer, spec.task, None, None)
+    # the classes are those of its own config
+    plain = models.ModelSpec(source=source, task=spec.task, trust=trust, **spec_changes)
+    model = models.open_model(subject.folder, plain)
+    tokenizer = models.open_tokenizer(subject.folder, trust)
+    return Opened(model, tokenizer, spec.task, spec.labels, None, spec.labels_are)
 
 
 def _open_adapter(
