@@ -57,7 +57,8 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    export.safetensors_format export.gguf_tokenizer export.gguf_format
+    gguf.types gguf.rounding gguf.mixes gguf.file gguf.architectures gguf.vocabulary
+    export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats
     verification.thresholds verification.read_back verification.diagnosis verification.tally
@@ -74,6 +75,7 @@ FRONTS = (
     "data",
     "demo",
     "distillation",
+    "gguf",
     "judging",
     "lean",
     "merging",

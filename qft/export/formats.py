@@ -10,7 +10,7 @@ from qft.export.delta_rounding import DeltaRounding
 from qft.files import new_folder, require_absent, require_disk
 from qft.merging.merge import Progress, write_model
 from qft.merging.side_files import files_bytes
-from qft.merging.tensors import TensorSource
+from qft.merging.tensors import RowSource, TensorSource
 from qft.shard_writer import MAX_SHARD_BYTES
 from qft.shards import tensor_bytes
 
@@ -47,7 +47,7 @@ class ExportReport:
 
 
 def write_format(
-    source: TensorSource,
+    source: RowSource,
     format: str,
     out: Path | str,
     *,

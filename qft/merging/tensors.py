@@ -51,6 +51,13 @@ class TensorSource(Protocol):
         """Of the model (see :class:`qft.shards.Fingerprint`), once all of it was read."""
 
 
+class RowSource(TensorSource, Protocol):
+    """A source whose rows can be asked for in any order: what the export formats write from."""
+
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Some rows of a tensor, ``part`` with both ends named."""
+
+
 class ModuleTensors:
     """A checkpoint under module names, as strategies see it (:class:`qft.strategy.BaseTensors`).
 
@@ -208,7 +215,11 @@ class MergedTensors:
         """The merged value in blocks of rows; see :meth:`read`."""
         shape = self.shape(name)
         for part in row_blocks(shape):
-            yield self.as_stored(name, self.pair(name, part)[1], part)
+            yield self.rows(name, part)
+
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Some rows of the merged value; see :meth:`read`."""
+        return self.as_stored(name, self.pair(name, part)[1], part)
 
     def as_stored(self, name: str, block: Tensor, part: slice) -> Tensor:
         """Rows from :meth:`pair` as they are to be stored."""

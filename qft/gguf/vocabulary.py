@@ -15,8 +15,10 @@ from typing import Any
 import gguf
 
 from qft.errors import ModelError
+from qft.gguf.file import Value
 
 _SPACE = "▁"
+_IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # GGUF's names
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -195,37 +197,40 @@ def _tokens(values: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]
     return tokens, types
 
 
-def write_vocabulary(
-    writer: Any, vocabulary: Vocabulary, tokenizer: Any, config: Mapping[str, Any]
-) -> None:
-    """Adds the tokenizer's metadata to a :class:`gguf.GGUFWriter`.
+def vocabulary_metadata(tokenizer: Any, config: Mapping[str, Any]) -> dict[str, Value]:
+    """Everything a GGUF file says of a tokenizer.
 
     Args:
-        writer: takes the metadata.
-        vocabulary: from :func:`read_vocabulary`.
-        tokenizer: says which ids are special and what it puts around a text.
+        tokenizer: from ``AutoTokenizer``; says which ids are special, what it puts around a text,
+            and how a chat is rendered.
         config: the model's config; its ids stand in where the tokenizer names none.
+
+    Raises:
+        ModelError: llama.cpp cannot express this tokenizer; says what stands in the way.
     """
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
-    writer.add_token_list(vocabulary.tokens)
+    vocabulary = read_vocabulary(tokenizer, int(config["vocab_size"]))
+    values: dict[str, Value] = {
+        "model": vocabulary.model, "pre": vocabulary.pre, "tokens": vocabulary.tokens,
+        "token_type": vocabulary.types,
+    }  # fmt: skip
     if vocabulary.scores:
-        writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.types)
+        values["scores"] = vocabulary.scores
     if vocabulary.merges:
-        writer.add_token_merges(vocabulary.merges)
+        values["merges"] = vocabulary.merges
     if vocabulary.space_prefix is not None:
-        writer.add_add_space_prefix(vocabulary.space_prefix)
-    ids = {kind: _special_id(kind, tokenizer, config) for kind in ("bos", "eos", "unk", "pad")}
+        values["add_space_prefix"] = vocabulary.space_prefix
+    ids = {kind: _special_id(kind, tokenizer, config) for kind in _IDS}
     for kind, number in ids.items():
         if number is not None and 0 <= number < len(vocabulary.tokens):
-            getattr(writer, f"add_{kind}_token_id")(number)
+            values[f"{_IDS[kind]}_token_id"] = number
     probe = list(tokenizer("a")["input_ids"])
-    writer.add_add_bos_token(ids["bos"] is not None and probe[:1] == [ids["bos"]])
-    writer.add_add_eos_token(ids["eos"] is not None and probe[-1:] == [ids["eos"]])
+    values["add_bos_token"] = ids["bos"] is not None and probe[:1] == [ids["bos"]]
+    values["add_eos_token"] = ids["eos"] is not None and probe[-1:] == [ids["eos"]]
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str):
-        writer.add_chat_template(template)
+        metadata["tokenizer.chat_template"] = template
+    return metadata
 
 
 def _special_id(kind: str, tokenizer: Any, config: Mapping[str, Any]) -> int | None:
