@@ -154,9 +154,11 @@ def test_wordpiece_is_written_with_blanks_for_beginnings() -> None:
     names = ("[CLS]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "[PAD]")
     assert list(ids.values()) == [vocab[name] for name in names]
     assert found["token_type"][vocab["[UNK]"]] == UNKNOWN
-    assert found["add_bos_token"] and found["add_sep_token"]
+    assert found["add_bos_token"]
+    assert found["add_sep_token"]
     cased = metadata(small.wordpiece(lowercase=False))
-    assert not cased["normalizer.lowercase"] and not cased["normalizer.strip_accents"]
+    assert not cased["normalizer.lowercase"]
+    assert not cased["normalizer.strip_accents"]
 
 
 def test_what_stands_around_a_text_is_found_by_asking() -> None:
@@ -165,7 +167,8 @@ def test_what_stands_around_a_text_is_found_by_asking() -> None:
     tokenizer = small.byte_level(specials=LLAMA3_SPECIALS, bos="<|begin_of_text|>",
                                  eos="<|end_of_text|>")  # fmt: skip
     found = metadata(tokenizer)
-    assert found["add_bos_token"] and found["bos_token_id"] == tokenizer.bos_token_id
+    assert found["add_bos_token"]
+    assert found["bos_token_id"] == tokenizer.bos_token_id
 
 
 def test_every_stop_token_has_a_place() -> None:
@@ -234,7 +237,8 @@ def test_tokens_that_swallow_blanks_are_said_as_llama_cpp_knows_them() -> None:
     values = json.loads(phi3.backend_tokenizer.to_str())
     values["added_tokens"][1]["rstrip"] = True  # <s>, which swallows none there
     read = read_vocabulary(FakeTokenizer(**values), len(phi3))
-    assert read.name == "" and "swallow" in read.notes[0]
+    assert read.name == ""
+    assert "swallow" in read.notes[0]
 
 
 def test_what_llama_cpp_does_otherwise_is_said() -> None:
@@ -246,6 +250,7 @@ def test_what_llama_cpp_does_otherwise_is_said() -> None:
     assert notes(small.byte_level()) == notes(small.sentencepiece("gemma")) == []
     assert "NFC" in notes(small.byte_level((pre_tokenizers.QWEN2,), nfc=True))[0]
     assert "before every text" in notes(small.sentencepiece("metaspace"))[0]
-    assert "Korean" in notes(small.wordpiece())[0] and notes(small.wordpiece(lowercase=False)) == []
+    assert "Korean" in notes(small.wordpiece())[0]
+    assert notes(small.wordpiece(lowercase=False)) == []
     tekken = next(known for known in pre_tokenizers.KNOWN if known.name == "tekken")
     assert "capitals" in notes(small.byte_level(tekken.cuts, whole_words=True))[0]

@@ -51,7 +51,7 @@ def _chosen(found: list[PreTokenizer], values: Mapping[str, Any]) -> PreTokenize
     for known in found:
         if known.whole_words == wanted:
             return known
-    apart = _first_word_merged_otherwise(values)
+    apart = first_word_merged_otherwise(values)
     if apart is None:
         return found[0]
     how = "bypass" if wanted else "go through"
@@ -59,7 +59,7 @@ def _chosen(found: list[PreTokenizer], values: Mapping[str, Any]) -> PreTokenize
                  "cuts text", f"ignore_merges: {wanted}, first {apart!r}")  # fmt: skip
 
 
-def _first_word_merged_otherwise(values: Mapping[str, Any]) -> str | None:
+def first_word_merged_otherwise(values: Mapping[str, Any]) -> str | None:
     """A token that its own merges do not give again; None where all do."""
     from tokenizers import Tokenizer
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.errors import ModelError, first_line
+from qft.gguf.checked import check_file
 
 
 def read_back(
@@ -32,6 +33,7 @@ def read_back(
     path = Path(path)
     file = gguf_file(path)
     if file is not None:
+        check_file(file)
         return _read_gguf(file, dtype or torch.float32)
     config = models.read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")

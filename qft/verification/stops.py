@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qft.data.chat import terminators
 from qft.errors import ModelError, QftError
 from qft.files import read_json, write_json
+from qft.gguf.special_tokens import ENDS_BY_NAME
 from qft.lean.model_parts import device_of, is_encoder_decoder
 from qft.verification.diagnosis import Finding
 from qft.verification.subject import Subject
@@ -100,25 +101,18 @@ def check_stops(reference: Subject, artefact: Subject, tokenizer: Any, rows: int
 
 
 def check_inside_gguf(reference: Subject, artefact: Subject, tokenizer: Any) -> list[Finding]:
-    """Whether llama.cpp, which knows one end of a text and one of a turn, stops where it must."""
+    """Whether llama.cpp, which has a place for one end of text, turn and message, stops there."""
     fields = artefact.reader.fields
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     stops = {int(fields[key].contents()) for key in keys if key in fields}
-    needed = [token for token in taught_ids(reference, tokenizer)
-              if token in (tokenizer.eos_token_id, *terminators(tokenizer))]  # fmt: skip
     return [
         Finding("stops", f"{_named(tokenizer, token)} does not end a text in the GGUF file",
-                "export again with that token as eos_token of the tokenizer")
-        for token in needed
-        if token not in stops and str(tokenizer.convert_ids_to_tokens(token)) not in _KNOWN_ENDS
+                "export it again with qft, which gives every stop token of generation_config.json "
+                "and of the chat template a place")
+        for token in taught_ids(reference, tokenizer)
+        if token not in stops
+        and str(tokenizer.convert_ids_to_tokens(token)) not in ENDS_BY_NAME
     ]  # fmt: skip
-
-
-# llama.cpp takes tokens of these names for the end of a generation, whatever the file says
-_KNOWN_ENDS = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
-    "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>",
-)  # fmt: skip
 
 
 def check_generation(model: nn.Module, ids: Collection[int], tokenizer: Any) -> list[Finding]:
