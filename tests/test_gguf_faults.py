@@ -230,8 +230,10 @@ def packed_text(text: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def made(*, tensors: bytes = b"", count: int = 0, values: bytes = b"", settings: int = 0,
-         magic: bytes = b"GGUF", version: int = 3, data: bytes = b"\0" * 4096) -> bytes:  # fmt: skip
+def made(
+    *, tensors: bytes = b"", count: int = 0, values: bytes = b"", settings: int = 0,
+    magic: bytes = b"GGUF", version: int = 3, data: bytes = b"\0" * 4096,
+) -> bytes:  # fmt: skip
     architecture = packed_text(b"general.architecture") + struct.pack("<I", _TEXT)
     head = magic + struct.pack("<IQQ", version, count, settings + 1)
     return head + architecture + packed_text(b"llama") + values + tensors + data

@@ -33,6 +33,7 @@ _PLACES = """
     four_bit quantization pooling model_dropout shards write_journal shard_writer models
     adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
+    data.conversations
     data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
     data.augment data.splits data.tasks data.preflight inputs shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
@@ -60,6 +61,7 @@ _PLACES = """
     gguf.types gguf.rounding gguf.mixes gguf.file gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
+    gguf.turns gguf.modelfile
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats

@@ -13,6 +13,7 @@ from qft.files import read_json
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, write_file
 from qft.gguf.mixes import MIXES, choose_types
+from qft.gguf.modelfile import modelfile
 from qft.gguf.rounding import encode
 from qft.gguf.types import TYPES
 from qft.gguf.vocabulary import vocabulary_metadata
@@ -116,12 +117,27 @@ def write_gguf(
     vocabulary = vocabulary_metadata(open_tokenizer(folder), plan.source.config, ends, plan.notes)
     path = folder / f"model-{plan.mix}.gguf"
     write_file(path, plan.metadata() | vocabulary, plan.tensors, plan.produce, progress)
+    _write_modelfile(path, plan, vocabulary)
     return path
+
+
+def _write_modelfile(path: Path, plan: GGUFPlan, vocabulary: Mapping[str, Any]) -> None:
+    """For Ollama, beside the file."""
+    text = modelfile(
+        f"./{path.name}", open_tokenizer(path.parent), _generation(path.parent),
+        stops=vocabulary.get("tokenizer.ggml.eos_token_ids", ()),
+        context=plan.source.config.get("max_position_embeddings"), notes=plan.notes,
+    )  # fmt: skip
+    (path.parent / "Modelfile").write_text(text, encoding="utf-8")
 
 
 def _named_stops(folder: Path, config: Mapping[str, Any]) -> list[int]:
     """What generation_config.json, or else config.json, names as the end of a generation."""
-    path = folder / "generation_config.json"
-    named = (read_json(path) if path.is_file() else config).get("eos_token_id")
+    named = (_generation(folder) or config).get("eos_token_id")
     ends = named if isinstance(named, list) else [named]
     return [token for token in ends if type(token) is int]
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}
