@@ -67,7 +67,7 @@ _PLACES = """
     export.formats
     verification.thresholds verification.read_back verification.diagnosis verification.tally
     verification.subject verification.tensors_check verification.tokens_check
-    verification.llama_tokens verification.cut_check verification.gguf_settings
+    verification.llama_tokens verification.cut_check verification.gguf_numbers
     verification.gguf_tokens verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
     verification.streams verification.summary opening written scoring verification.proof

@@ -24,7 +24,7 @@ from qft.held_out import held_out_examples
 from qft.progress import QUIET, Bar, Reporter
 from qft.shards import ShardedCheckpoint
 from qft.verification.diagnosis import Finding, advice
-from qft.verification.gguf_settings import check_settings
+from qft.verification.gguf_numbers import check_settings
 from qft.verification.gguf_tokens import check_inside
 from qft.verification.layerwise import verify_by_layers
 from qft.verification.stops import (
