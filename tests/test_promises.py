@@ -65,8 +65,8 @@ _PLACES = """
     verification.subject verification.tensors_check verification.tokens_check verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
     verification.streams verification.summary opening written scoring verification.proof
-    export.format_table export.right_base export.calibration export.beside export.place export.proven
-    export.delivery export healing
+    export.format_table export.right_base export.calibration export.beside export.place
+    export.proven export.delivery export healing
     demo.docstrings demo.job
     cli
 """
