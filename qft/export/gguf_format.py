@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qft.errors import ModelError
+from qft.files import explain_write_errors
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES, choose_types
@@ -87,10 +88,12 @@ class GGUFPlan:
         if not self.source.files:
             raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
                              fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
-        with tempfile.TemporaryDirectory() as name:
+        scratch = Path(tempfile.gettempdir())
+        with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
             folder = Path(name)
             write_config(self.source, folder)
-            copy_files(self.source.files, folder)
+            for file, path in self.source.files.items():
+                (folder / file).symlink_to(path.resolve())
             return vocabulary_metadata(open_tokenizer(folder), self.source.config)
 
     def metadata(self) -> dict[str, Value]:

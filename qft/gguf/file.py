@@ -120,7 +120,8 @@ def header(metadata: Mapping[str, Value], tensors: Sequence[StoredAs]) -> bytes:
         text += struct.pack(f"<I{len(axes)}Q", len(axes), *axes)
         text += struct.pack("<IQ", TYPES[tensor.kind].number, offset)
         offset += _padded(tensor.bytes)
-    return bytes(text.ljust(_padded(len(text)), b"\0"))
+    text += b"\0" * (_padded(len(text)) - len(text))
+    return bytes(text)
 
 
 def data_bytes(tensors: Sequence[StoredAs]) -> int:
@@ -184,9 +185,7 @@ def _add_list(text: bytearray, values: Sequence[Any]) -> None:
     text += struct.pack(f"<{len(values)}{code}", *values)
 
 
-def _kind(
-    values: Sequence[Any], whole: Sequence[tuple[int, str, int, int]]
-) -> tuple[int, str]:
+def _kind(values: Sequence[Any], whole: Sequence[tuple[int, str, int, int]]) -> tuple[int, str]:
     """GGUF's number and struct's letter of the type that holds all values."""
     kinds = {type(value) for value in values}
     if kinds == {bool}:
