@@ -45,7 +45,7 @@ class GGUFPlan:
             StoredAs(tensor.name, tensor.shape, self._choices[tensor.name].kind)
             for tensor in mapped
         ]
-        self.notes = self._fallen_back()
+        self.notes = [*self.architecture.notes(source.config), *self._fallen_back()]
 
     def _fallen_back(self) -> list[str]:
         fell = [name for name, choice in self._choices.items() if choice.kind != choice.wanted]
