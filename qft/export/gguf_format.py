@@ -52,7 +52,7 @@ class GGUFPlan:
             StoredAs(tensor.name, tensor.shape, self._choices[tensor.name].kind)
             for tensor in mapped
         ]
-        self.notes = self._fallen_back()
+        self.notes = [*self.architecture.notes(source.config), *self._fallen_back()]
         self.header = header(self.metadata() | self._vocabulary(), self.tensors)
 
     def _fallen_back(self) -> list[str]:
