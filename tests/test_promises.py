@@ -57,7 +57,10 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    gguf.types gguf.rounding gguf.mixes gguf.file gguf.architectures gguf.vocabulary
+    gguf.types gguf.rounding gguf.mixes gguf.file gguf.contract gguf.turned gguf.rotary
+    gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
+    gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary gguf.sentencepiece_vocabulary
+    gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats

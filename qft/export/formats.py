@@ -8,7 +8,7 @@ from pathlib import Path
 from qft.calibration import Calibration
 from qft.errors import RecipeError
 from qft.export.delta_rounding import DeltaRounding
-from qft.files import new_folder, require_absent, require_disk
+from qft.files import folder_bytes, new_folder, require_absent, require_disk, unfinished
 from qft.merging.merge import Progress, write_model
 from qft.merging.side_files import files_bytes
 from qft.merging.tensors import MergedTensors, TensorSource
@@ -62,6 +62,8 @@ def write_format(
 ) -> ExportReport:
     """Writes ``source`` in one of FORMATS into the folder ``out``, tensor by tensor.
 
+    GGUF and safetensors that were killed or interrupted go on where they were, to the same bytes.
+
     Args:
         source: from :func:`qft.merging.merge.open_source`; no merged copy is made on disk.
         format: a key of FORMATS.
@@ -104,8 +106,8 @@ def write_format(
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)
-    require_disk(out, plan.bytes + files_bytes(source.files))
-    with new_folder(out, overwrite=overwrite) as folder:
+    require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
+    with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
     return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
 from qft.errors import ModelError
+from qft.files import explain_write_errors
 from qft.gguf.architectures import architecture_of
-from qft.gguf.file import StoredAs, Value, write_file
+from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES, choose_types
 from qft.gguf.rounding import encode
-from qft.gguf.types import TYPES
+from qft.gguf.types import TYPES, stored_bytes
 from qft.gguf.vocabulary import vocabulary_metadata
-from qft.merging.merge import Progress, write_config
-from qft.merging.side_files import copy_files
+from qft.merging.merge import Progress, identity, write_config
+from qft.merging.side_files import copy_files, files_bytes
 from qft.merging.tensors import RowSource
 from qft.models import open_tokenizer
+from qft.write_journal import WriteJournal
 
-_HEADER_SLACK_BYTES = 2**20
+_SLACK_BYTES = 2**18  # config.json, the journal
 _QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
@@ -30,8 +34,11 @@ class GGUFPlan:
         source: the model.
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
 
+    Attributes:
+        header: all of the file before its tensors: settings, tokenizer, names.
+
     Raises:
-        ModelError: the architecture, a setting or a tensor cannot be expressed.
+        ModelError: the architecture, a setting, a tensor or the tokenizer cannot be expressed.
     """
 
     def __init__(self, source: RowSource, mix: str) -> None:
@@ -45,7 +52,8 @@ class GGUFPlan:
             StoredAs(tensor.name, tensor.shape, self._choices[tensor.name].kind)
             for tensor in mapped
         ]
-        self.notes = self._fallen_back()
+        self.notes = [*self.architecture.notes(source.config), *self._fallen_back()]
+        self.header = header(self.metadata() | self._vocabulary(), self.tensors)
 
     def _fallen_back(self) -> list[str]:
         fell = [name for name, choice in self._choices.items() if choice.kind != choice.wanted]
@@ -65,9 +73,28 @@ class GGUFPlan:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors, plus room for the header and the vocabulary."""
-        vocabulary = 64 * int(self.source.config["vocab_size"])
-        return self.tensor_bytes + 1024 * len(self.tensors) + _HEADER_SLACK_BYTES + vocabulary
+        """Bytes of the folder: of the file exactly, and of what lies beside it at most."""
+        files = files_bytes(self.source.files) + _SLACK_BYTES
+        return len(self.header) + data_bytes(self.tensors) + files
+
+    @property
+    def identity(self) -> str:
+        """Of everything that decides the file's bytes; its header tells names, types, settings."""
+        described = hashlib.sha256(self.header).hexdigest()
+        return identity(self.source, format=f"gguf:{self.mix}", header=described)
+
+    def _vocabulary(self) -> dict[str, Value]:
+        """The tokenizer, opened from a folder of its own: its files may lie in several."""
+        if not self.source.files:
+            raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
+                             fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
+        scratch = Path(tempfile.gettempdir())
+        with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
+            folder = Path(name)
+            write_config(self.source, folder)
+            for file, path in self.source.files.items():
+                (folder / file).symlink_to(path.resolve())
+            return vocabulary_metadata(open_tokenizer(folder), self.source.config)
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
@@ -79,33 +106,40 @@ class GGUFPlan:
             **self.architecture.metadata(self.source.config),
         }
 
-    def produce(self, name: str) -> Iterator[Tensor]:
+    def produce(self, name: str, start: int = 0) -> Iterator[Tensor]:
         """The bytes of a tensor in blocks of rows.
+
+        Args:
+            name: in the file.
+            start: the byte to begin with; blocks before it are read, but not rounded again.
 
         Raises:
             ModelError: a weight is not finite, or too large for its type.
         """
         kind = self._choices[name].kind
         for block in self._mapped[name].blocks():
+            size = stored_bytes(kind, block.shape)
+            if size <= start:
+                start -= size
+                continue
             try:
-                yield encode(block if block.dim() > 1 else block[None], kind)
+                stored = encode(block if block.dim() > 1 else block[None], kind)
             except ModelError as error:
                 raise ModelError(error.what, where=self._mapped[name].source or name,
                                  found=error.found, fix=error.fix) from None  # fmt: skip
+            yield stored.flatten()[start:]
+            start = 0
 
 
 def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -> Path:
     """Writes the file, and the tokenizer and config beside it; returns the file's path.
 
-    Raises:
-        ModelError: the tokenizer cannot be expressed.
+    In a folder that was begun with the same plan it goes on, to the same bytes.
     """
-    if not plan.source.files:
-        raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
-                         fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
+    journal = WriteJournal(folder, plan.identity)
     write_config(plan.source, folder)
     copy_files(plan.source.files, folder)
-    vocabulary = vocabulary_metadata(open_tokenizer(folder), plan.source.config)
     path = folder / f"model-{plan.mix}.gguf"
-    write_file(path, plan.metadata() | vocabulary, plan.tensors, plan.produce, progress)
+    write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
+    journal.close()
     return path
