@@ -30,7 +30,7 @@ from transformers import (
 from qft import models, quantization
 from qft.errors import ModelError, OutputExistsError, RecipeError, SaveError
 from qft.export.formats import FORMATS, write_format
-from qft.gguf.architectures import reorder_rows
+from qft.gguf.turned import reorder_rows
 from qft.gguf.vocabulary import read_vocabulary
 from qft.merging.merge import open_source
 from qft.merging.tensors import MergedTensors
