@@ -222,6 +222,9 @@ def _bert(opened: OpenedGGUF) -> dict[str, Any]:
     if opened.own("attention.causal", True):
         raise ModelError("llama.cpp would run this encoder as a decoder.", where=opened.file,
                          found="no bert.attention.causal: false")  # fmt: skip
+    if not opened.tokenizer("token_type_count", 0):
+        raise ModelError("llama.cpp cannot open this file: a key is missing.", where=opened.file,
+                         found="no tokenizer.ggml.token_type_count")  # fmt: skip
     labels = opened.own("classifier.output_labels", ["LABEL_0"])
     if pooling_of(opened) == "rank":
         values["id2label"] = dict(enumerate(labels))
