@@ -15,7 +15,7 @@ _GPT2 = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _BERT = {
-    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "vocab_size": 408, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0,
 }  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ _CLASSES = {
 
 
 def make_family(family: str, folder: Path, **changes: Any) -> Path:
-    """Saves a model whose every tensor matters, with a byte-level tokenizer.
+    """Saves a model whose every tensor matters, with a tokenizer of its kind.
 
     Args:
         family: as transformers spells it before ``Config``.
@@ -62,7 +62,10 @@ def make_family(family: str, folder: Path, **changes: Any) -> Path:
         else:
             torch.nn.init.normal_(parameter, 0.0, 0.15)  # so that predictions are not uniform
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    if family.startswith("Bert"):
+        wordpiece().save_pretrained(folder)
+    else:
+        save_tokenizer(folder)
     return folder
 
 

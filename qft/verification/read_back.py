@@ -1,6 +1,6 @@
 """Opens an artefact with a reader that is not its writer's, so that no mistake undoes itself.
 
-transformers' own loading for model folders, its GGUF loader for GGUF files.
+transformers' own loading for model folders, its GGUF loader for the tensors of GGUF files.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.errors import ModelError, first_line
+from qft.verification.gguf_encoder import read_encoder
+from qft.verification.gguf_settings import OpenedGGUF, config_of
 
 
 def read_back(
@@ -49,20 +51,24 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
-    """Through transformers' GGUF loader, settings included: they are part of what is verified.
+    """Through transformers' GGUF loader, an encoder through a reader of its own.
 
-    Where the file says what that loader does not read (a rotary scaling, biases), the settings come
-    from the config.json beside it.
+    Settings are part of what is verified, and that loader leaves many out: they are those that
+    llama.cpp takes from the file.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if _needs_config(file.parent):
-        options["config"] = gguf_config(file)
+    opened = OpenedGGUF(file)
+    model: nn.Module
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, **options
-        )
+        if opened.architecture == "bert":
+            model = read_encoder(opened, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype, config=config_of(opened)
+            )
+    except ModelError:
+        raise
     except Exception as error:  # broken files make that loader raise anything
         raise ModelError(
             "The GGUF file cannot be opened by transformers.",
@@ -71,24 +77,6 @@ def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
             fix="run it with llama.cpp",
         ) from error
     return model.eval().requires_grad_(False)
-
-
-def gguf_config(file: Path) -> Any:
-    """The settings transformers opens a GGUF file with."""
-    from transformers import AutoConfig
-
-    if _needs_config(file.parent):
-        return AutoConfig.from_pretrained(file.parent)
-    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-
-
-def _needs_config(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    values = models.read_config(folder)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return bool(scaled or values.get("attention_bias") or values.get("mlp_bias"))
 
 
 class SafetensorsFolder:

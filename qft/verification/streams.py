@@ -17,7 +17,8 @@ from qft.layer_weights import LayerWeights, StoredTensors, module_names_of
 from qft.merging.tensors import ModuleTensors, tied_names
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context
-from qft.verification.read_back import GGUFTensors, SafetensorsFolder, gguf_config
+from qft.verification.gguf_settings import OpenedGGUF, config_of
+from qft.verification.read_back import GGUFTensors, SafetensorsFolder
 from qft.verification.subject import Subject
 
 
@@ -77,9 +78,12 @@ def _gguf(subject: Subject, dtype: torch.dtype, device: str) -> LayerWeights:
     from transformers import AutoModelForCausalLM
 
     assert subject.gguf is not None
+    opened = OpenedGGUF(subject.gguf)
+    if opened.architecture == "bert":
+        raise CannotStreamError("An encoder's GGUF file is opened whole.", where=subject.gguf)
     try:
         with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(gguf_config(subject.gguf), dtype=dtype)
+            skeleton: Any = AutoModelForCausalLM.from_config(config_of(opened), dtype=dtype)
         skeleton.tie_weights()
         pairs = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
         tensors = GGUFTensors(subject.gguf, skeleton, pairs)
