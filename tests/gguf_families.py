@@ -48,6 +48,7 @@ def make_family(family: str, folder: Path, **changes: Any) -> Path:
     """
     import torch
     import transformers
+
     config_name, model_name = _CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     shape = _GPT2 if family == "GPT2" else _BERT if family.startswith("Bert") else _SHAPE
     config = getattr(transformers, config_name)(**{**shape, **_OWN.get(family, {}), **changes})

@@ -12,7 +12,6 @@ import transformers
 from gguf_families import make_family
 
 from qft import models
-from qft.errors import ModelError
 from qft.export.formats import write_format
 from qft.merging.merge import open_source
 from qft.merging.tensors import MergedTensors

@@ -18,7 +18,10 @@ from qft.errors import ModelError
 
 RANK = 4  # llama.cpp's pooling type of a classifier
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", RANK: "rank"}
-_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the size whose queries it scales otherwise
+_LARGEST_GEMMA = {
+    "gemma2": 46,
+    "gemma3": 62,
+}  # layers of the size whose queries it scales otherwise
 _SPECIAL = {"bos": "bos", "eos": "eos", "padding": "pad"}
 
 
