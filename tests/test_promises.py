@@ -50,7 +50,8 @@ _PLACES = """
     merging.side_files merging.bnb_rounding merging.rounded_base merging.stored_base
     merging.tensors merging.tied merging.merge merging.several merging.together
     quantized_linears layer_weights layer_stream layer_inputs source_stream calibration
-    pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
+    input_hessian input_groups column_sweep
+    pruning.sparsity pruning.smallest pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
     pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
@@ -63,6 +64,7 @@ _PLACES = """
     gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
     export.safetensors_format export.gguf_format export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
+    export.integer_rounding export.compressed_schemes export.compressed_format
     export.formats
     verification.thresholds verification.gguf_settings verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally

@@ -22,6 +22,9 @@ FORMATS = {
     "gguf:f32": "llama.cpp and Ollama, 32 bits",
     "bnb:nf4": "transformers, 4 bits",
     "bnb:int8": "transformers, 8 bits",
+    "compressed-tensors:w4a16": "vLLM and transformers, weights of 4 bits",
+    "compressed-tensors:w8a16": "vLLM and transformers, weights of 8 bits",
+    "compressed-tensors:w8a8": "vLLM and transformers, weights and inputs of 8 bits",
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
@@ -113,6 +116,14 @@ def write_format(
         with new_folder(out, overwrite=overwrite) as folder:
             written = write_onnx(traced, folder, progress)
         return ExportReport(format, out, written, tuple(traced.notes))
+    if family == "compressed-tensors":
+        from qft.export.compressed_format import CompressedPlan, write_compressed
+
+        compressed = CompressedPlan(source, kind)
+        write_compressed(compressed, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+                         progress=_scaled(progress, compressed.bytes, total))  # fmt: skip
+        return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
+                            compressed.delta_rounding())  # fmt: skip
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)
