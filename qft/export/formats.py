@@ -20,6 +20,9 @@ FORMATS = {
     "gguf:q8_0": "llama.cpp and Ollama, 8 bits",
     "gguf:bf16": "llama.cpp and Ollama, 16 bits, the range of float32",
     "gguf:f32": "llama.cpp and Ollama, 32 bits",
+    "gguf-lora:f16": "the adapter alone, for llama.cpp and Ollama to add to its base, 16 bits",
+    "gguf-lora:q8_0": "the same, 8 bits",
+    "gguf-lora:f32": "the same, 32 bits",
     "bnb:nf4": "transformers, 4 bits",
     "bnb:int8": "transformers, 8 bits",
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
@@ -37,7 +40,7 @@ class ExportReport:
 
     Attributes:
         format: one of FORMATS.
-        path: the .gguf file, or the model folder.
+        path: the .gguf file (of the model, or of the adapter alone), or the model folder.
         bytes: of the tensors on disk.
         notes: what a user should know, a sentence each.
         delta_rounding: what a quantized format has left of an adapter's change.
@@ -75,6 +78,7 @@ def write_format(
 
     Raises:
         RecipeError: there is no such format.
+        AdapterError: the adapter cannot stand apart from its base in this format.
         ModelError: the format cannot express this model or its tokenizer.
         OutputExistsError: ``out`` is taken.
         SaveError: the disk is full; nothing is left behind.
@@ -103,12 +107,27 @@ def write_format(
                       _scaled(progress, quantized.bytes, total))  # fmt: skip
         return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
                             quantized.delta_rounding())  # fmt: skip
+    if family == "gguf-lora":
+        return _write_adapter(source, format, out, overwrite, progress)
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)
     require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
+    return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
+
+
+def _write_adapter(
+    source: MergedTensors, format: str, out: Path, overwrite: bool, progress: Progress | None
+) -> ExportReport:
+    from qft.export.gguf_adapter_format import AdapterPlan, write_adapter
+
+    plan = AdapterPlan(source, format.partition(":")[2])
+    require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
+    with new_folder(out, overwrite=overwrite, go_on=True) as folder:
+        scaled = _scaled(progress, plan.tensor_bytes, _source_bytes(source))
+        name = write_adapter(plan, folder, scaled).name
     return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
 
 

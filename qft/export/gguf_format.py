@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -24,7 +24,7 @@ from qft.models import open_tokenizer
 from qft.write_journal import WriteJournal
 
 _SLACK_BYTES = 2**18  # config.json, the journal
-_QUANTIZATION_VERSION = 2  # of ggml's block layouts
+QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
 class GGUFPlan:
@@ -102,7 +102,7 @@ class GGUFPlan:
             "general.architecture": self.architecture.name,
             "general.type": "model",
             "general.file_type": MIXES[self.mix],
-            "general.quantization_version": _QUANTIZATION_VERSION,
+            "general.quantization_version": QUANTIZATION_VERSION,
             **self.architecture.metadata(self.source.config),
         }
 
@@ -116,19 +116,29 @@ class GGUFPlan:
         Raises:
             ModelError: a weight is not finite, or too large for its type.
         """
-        kind = self._choices[name].kind
-        for block in self._mapped[name].blocks():
-            size = stored_bytes(kind, block.shape)
-            if size <= start:
-                start -= size
-                continue
-            try:
-                stored = encode(block if block.dim() > 1 else block[None], kind)
-            except ModelError as error:
-                raise ModelError(error.what, where=self._mapped[name].source or name,
-                                 found=error.found, fix=error.fix) from None  # fmt: skip
-            yield stored.flatten()[start:]
-            start = 0
+        mapped = self._mapped[name]
+        return stored_blocks(mapped.blocks(), self._choices[name].kind, start,
+                             mapped.source or name)  # fmt: skip
+
+
+def stored_blocks(blocks: Iterable[Tensor], kind: str, start: int, name: str) -> Iterator[Tensor]:
+    """A tensor's bytes from byte ``start`` on; what lies before is not rounded.
+
+    Raises:
+        ModelError: a weight of tensor ``name`` is not finite, or too large for its type.
+    """
+    for block in blocks:
+        size = stored_bytes(kind, block.shape)
+        if size <= start:
+            start -= size
+            continue
+        try:
+            stored = encode(block if block.dim() > 1 else block[None], kind)
+        except ModelError as error:
+            raise ModelError(error.what, where=name, found=error.found,
+                             fix=error.fix) from None  # fmt: skip
+        yield stored.flatten()[start:]
+        start = 0
 
 
 def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -> Path:

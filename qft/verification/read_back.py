@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from qft import models
 from qft.errors import ModelError, first_line
 
+_FIRST_BYTES = 4096  # of a file; its kind is told there
+
 
 def read_back(
     path: Path | str, *, dtype: torch.dtype | None = None, task: str | None = None
@@ -46,6 +48,12 @@ def gguf_file(path: Path) -> Path | None:
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     return files[0] if files and not any(path.glob("*.safetensors")) else None
+
+
+def is_adapter_file(file: Path) -> bool:
+    """Whether a GGUF file holds an adapter alone: it says so in its first settings."""
+    with file.open("rb") as stream:
+        return b"adapter.type" in stream.read(_FIRST_BYTES)
 
 
 def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:

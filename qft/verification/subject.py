@@ -15,7 +15,7 @@ from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.errors import ModelError, RecipeError
 from qft.merging.side_files import side_files
-from qft.verification.read_back import gguf_file, read_back
+from qft.verification.read_back import gguf_file, is_adapter_file, read_back
 from qft.verification.thresholds import stored_format
 
 _DTYPES = {
@@ -155,6 +155,10 @@ def locate(
                               found=f"{task}; it was trained for {found.task}")  # fmt: skip
         return of_adapter(found, str(source))
     file = gguf_file(path)
+    if file is not None and is_adapter_file(file):
+        raise ModelError("This is an adapter without its base.", where=file,
+                         fix="llama.cpp runs it: llama-cli -m BASE.gguf --lora FILE; here, name "
+                         "the adapter's own folder")  # fmt: skip
     folder = file.parent if file is not None else models.resolve_folder(str(source), trust)
     config = models.read_config(folder) if (folder / "config.json").is_file() else {}
     return of_model(folder, config, task, str(source), gguf=file, trust=trust)
