@@ -58,17 +58,20 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    gguf.types gguf.rounding gguf.mixes gguf.file gguf.contract gguf.turned gguf.rotary
+    gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
+    gguf.rounding gguf.file gguf.mixes gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary gguf.sentencepiece_vocabulary
     gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
-    export.safetensors_format export.gguf_format export.onnx_graph export.onnx_format
+    export.safetensors_format export.gguf_format export.gguf_adapter_format
+    export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.integer_rounding export.compressed_schemes export.compressed_format
     export.formats
     verification.thresholds verification.gguf_settings verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
-    verification.subject verification.tensors_check verification.tokens_check verification.stops
+    verification.subject verification.adapter_file
+    verification.tensors_check verification.tokens_check verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
     verification.streams verification.summary opening written scoring verification.proof
     export.format_table export.right_base export.calibration export.beside export.place

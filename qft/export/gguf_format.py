@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,9 +13,9 @@ from qft.errors import ModelError
 from qft.files import explain_write_errors
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
-from qft.gguf.mixes import MIXES, choose_types
+from qft.gguf.mixes import MIXES, choose_types, fall_backs
 from qft.gguf.rounding import encode
-from qft.gguf.types import TYPES, stored_bytes
+from qft.gguf.types import stored_bytes
 from qft.gguf.vocabulary import vocabulary_metadata
 from qft.merging.merge import Progress, identity, write_config
 from qft.merging.side_files import copy_files, files_bytes
@@ -24,7 +24,7 @@ from qft.models import open_tokenizer
 from qft.write_journal import WriteJournal
 
 _SLACK_BYTES = 2**18  # config.json, the journal
-_QUANTIZATION_VERSION = 2  # of ggml's block layouts
+QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
 class GGUFPlan:
@@ -33,38 +33,37 @@ class GGUFPlan:
     Args:
         source: the model.
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
+        importance: a tensor of the checkpoint → how much an error in each of its columns weighs,
+            ``[width]``; tensors without one are rounded with all columns alike.
 
     Attributes:
+        fall_backs: what is stored in another type than the mix says.
+        notes: the same, and what else a user should know, a sentence each.
         header: all of the file before its tensors: settings, tokenizer, names.
 
     Raises:
         ModelError: the architecture, a setting, a tensor or the tokenizer cannot be expressed.
     """
 
-    def __init__(self, source: RowSource, mix: str) -> None:
-        self.source, self.mix = source, mix
+    def __init__(
+        self, source: RowSource, mix: str, importance: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.source, self.mix, self.importance = source, mix, importance or {}
         self.architecture = architecture_of(source.config)
         mapped = self.architecture.tensors(source)
         self._mapped = {tensor.name: tensor for tensor in mapped}
         facts = [(tensor.name, tensor.shape) for tensor in mapped]
-        self._choices = choose_types(mix, self.architecture.name, facts)
+        settings = self.architecture.metadata(source.config)
+        self._choices = choose_types(mix, self.architecture.name, facts, settings,
+                                     importance=bool(self.importance))  # fmt: skip
         self.tensors = [
             StoredAs(tensor.name, tensor.shape, self._choices[tensor.name].kind)
             for tensor in mapped
         ]
-        self.notes = [*self.architecture.notes(source.config), *self._fallen_back()]
+        self.fall_backs = fall_backs(self._choices, facts)
+        fell = [fall_back.text() for fall_back in self.fall_backs]
+        self.notes = [*self.architecture.notes(source.config), *fell]
         self.header = header(self.metadata() | self._vocabulary(), self.tensors)
-
-    def _fallen_back(self) -> list[str]:
-        fell = [name for name, choice in self._choices.items() if choice.kind != choice.wanted]
-        if not fell:
-            return []
-        first = self._choices[fell[0]]
-        return [
-            f"{len(fell)} tensor(s) stay in {first.kind}, because {first.wanted} needs rows in "
-            f"multiples of {TYPES[first.wanted].block}: {', '.join(fell[:3])}"
-            f"{' …' * (len(fell) > 3)}"
-        ]
 
     @property
     def tensor_bytes(self) -> int:
@@ -81,7 +80,12 @@ class GGUFPlan:
     def identity(self) -> str:
         """Of everything that decides the file's bytes; its header tells names, types, settings."""
         described = hashlib.sha256(self.header).hexdigest()
-        return identity(self.source, format=f"gguf:{self.mix}", header=described)
+        weighed = hashlib.sha256()
+        for name, weights in sorted(self.importance.items()):
+            weighed.update(name.encode("utf-8"))
+            weighed.update(weights.float().contiguous().numpy())
+        return identity(self.source, format=f"gguf:{self.mix}", header=described,
+                        importance=weighed.hexdigest())  # fmt: skip
 
     def _vocabulary(self) -> dict[str, Value]:
         """The tokenizer, opened from a folder of its own: its files may lie in several."""
@@ -102,7 +106,7 @@ class GGUFPlan:
             "general.architecture": self.architecture.name,
             "general.type": "model",
             "general.file_type": MIXES[self.mix],
-            "general.quantization_version": _QUANTIZATION_VERSION,
+            "general.quantization_version": QUANTIZATION_VERSION,
             **self.architecture.metadata(self.source.config),
         }
 
@@ -116,19 +120,31 @@ class GGUFPlan:
         Raises:
             ModelError: a weight is not finite, or too large for its type.
         """
-        kind = self._choices[name].kind
-        for block in self._mapped[name].blocks():
-            size = stored_bytes(kind, block.shape)
-            if size <= start:
-                start -= size
-                continue
-            try:
-                stored = encode(block if block.dim() > 1 else block[None], kind)
-            except ModelError as error:
-                raise ModelError(error.what, where=self._mapped[name].source or name,
-                                 found=error.found, fix=error.fix) from None  # fmt: skip
-            yield stored.flatten()[start:]
-            start = 0
+        kind, mapped = self._choices[name].kind, self._mapped[name]
+        importance = self.importance.get(mapped.source or "")
+        return stored_blocks(mapped.blocks(), kind, start, mapped.source or name, importance)
+
+
+def stored_blocks(
+    blocks: Iterable[Tensor], kind: str, start: int, name: str, importance: Tensor | None = None
+) -> Iterator[Tensor]:
+    """A tensor's bytes from byte ``start`` on; what lies before is not rounded.
+
+    Raises:
+        ModelError: a weight of tensor ``name`` is not finite, or too large for its type.
+    """
+    for block in blocks:
+        size = stored_bytes(kind, block.shape)
+        if size <= start:
+            start -= size
+            continue
+        try:
+            stored = encode(block if block.dim() > 1 else block[None], kind, importance)
+        except ModelError as error:
+            raise ModelError(error.what, where=name, found=error.found,
+                             fix=error.fix) from None  # fmt: skip
+        yield stored.flatten()[start:]
+        start = 0
 
 
 def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -> Path:

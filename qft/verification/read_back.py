@@ -20,6 +20,8 @@ from qft.verification.gguf_encoder import read_encoder
 from qft.verification.gguf_settings import OpenedGGUF, config_of
 from qft.verification.onnx_model import open_onnx
 
+_FIRST_BYTES = 4096  # of a file; its kind is told there
+
 
 def read_back(
     path: Path | str, *, dtype: torch.dtype | None = None, task: str | None = None
@@ -55,6 +57,12 @@ def gguf_file(path: Path) -> Path | None:
         return path
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
     return files[0] if files and not any(path.glob("*.safetensors")) else None
+
+
+def is_adapter_file(file: Path) -> bool:
+    """Whether a GGUF file holds an adapter alone: it says so in its first settings."""
+    with file.open("rb") as stream:
+        return b"adapter.type" in stream.read(_FIRST_BYTES)
 
 
 def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:

@@ -16,7 +16,7 @@ from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_a
 from qft.errors import ModelError, RecipeError
 from qft.merging.side_files import side_files
 from qft.onnx_files import onnx_file
-from qft.verification.read_back import gguf_file, read_back
+from qft.verification.read_back import gguf_file, is_adapter_file, read_back
 from qft.verification.thresholds import stored_format
 
 _DTYPES = {
@@ -159,6 +159,10 @@ def locate(
                               found=f"{task}; it was trained for {found.task}")  # fmt: skip
         return of_adapter(found, str(source))
     file = gguf_file(path)
+    if file is not None and is_adapter_file(file):
+        raise ModelError("This is an adapter without its base.", where=file,
+                         fix="llama.cpp runs it: llama-cli -m BASE.gguf --lora FILE; here, name "
+                         "the adapter's own folder")  # fmt: skip
     graph = onnx_file(path) if file is None else None
     held = file or graph
     folder = held.parent if held is not None else models.resolve_folder(str(source), trust)
