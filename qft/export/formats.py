@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +83,7 @@ def write_format(
     calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    stops: Sequence[int] = (),
 ) -> ExportReport:
     """Writes ``source`` in one of FORMATS into the folder ``out``, tensor by tensor.
 
@@ -95,6 +97,8 @@ def write_format(
         calibration: rows to fit the rounding to, for a format that :func:`fits_to_rows`.
         overwrite: replace what ``out`` holds, once the new one is complete.
         progress: called with the source's bytes done; they add up to the source's own total.
+        stops: tokens that must end a generation, beside those the source's own files name; a GGUF
+            file holds them all.
 
     Raises:
         RecipeError: there is no such format.
@@ -147,7 +151,7 @@ def write_format(
         return _write_adapter(source, format, out, overwrite, progress)
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
-    plan = GGUFPlan(source, kind)
+    plan = GGUFPlan(source, kind, stops=stops)
     require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.files import explain_write_errors
+from qft.files import explain_write_errors, read_json
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES, choose_types, fall_backs
@@ -35,6 +36,7 @@ class GGUFPlan:
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
         importance: a tensor of the checkpoint → how much an error in each of its columns weighs,
             ``[width]``; tensors without one are rounded with all columns alike.
+        stops: tokens that must end a generation, beside those the source's own files name.
 
     Attributes:
         fall_backs: what is stored in another type than the mix says.
@@ -46,7 +48,11 @@ class GGUFPlan:
     """
 
     def __init__(
-        self, source: RowSource, mix: str, importance: Mapping[str, Tensor] | None = None
+        self,
+        source: RowSource,
+        mix: str,
+        importance: Mapping[str, Tensor] | None = None,
+        stops: Sequence[int] = (),
     ) -> None:
         self.source, self.mix, self.importance = source, mix, importance or {}
         self.architecture = architecture_of(source.config)
@@ -63,7 +69,7 @@ class GGUFPlan:
         self.fall_backs = fall_backs(self._choices, facts)
         fell = [fall_back.text() for fall_back in self.fall_backs]
         self.notes = [*self.architecture.notes(source.config), *fell]
-        self.header = header(self.metadata() | self._vocabulary(), self.tensors)
+        self.header = header(self.metadata() | self._vocabulary(stops), self.tensors)
 
     @property
     def tensor_bytes(self) -> int:
@@ -87,7 +93,7 @@ class GGUFPlan:
         return identity(self.source, format=f"gguf:{self.mix}", header=described,
                         importance=weighed.hexdigest())  # fmt: skip
 
-    def _vocabulary(self) -> dict[str, Value]:
+    def _vocabulary(self, stops: Sequence[int]) -> dict[str, Value]:
         """The tokenizer, opened from a folder of its own: its files may lie in several."""
         if not self.source.files:
             raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
@@ -98,7 +104,9 @@ class GGUFPlan:
             write_config(self.source, folder)
             for file, path in self.source.files.items():
                 (folder / file).symlink_to(path.resolve())
-            return vocabulary_metadata(open_tokenizer(folder), self.source.config)
+            config = self.source.config
+            ends = [*_named_stops(folder, config), *stops]
+            return vocabulary_metadata(open_tokenizer(folder), config, ends, self.notes)
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
@@ -148,7 +156,7 @@ def stored_blocks(
 
 
 def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -> Path:
-    """Writes the file, and the tokenizer and config beside it; returns the file's path.
+    """Writes the file, the tokenizer and config beside it; returns the file's path.
 
     In a folder that was begun with the same plan it goes on, to the same bytes.
     """
@@ -159,3 +167,11 @@ def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path
+
+
+def _named_stops(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """What generation_config.json, or else config.json, names as the end of a generation."""
+    path = folder / "generation_config.json"
+    named = (read_json(path) if path.is_file() else config).get("eos_token_id")
+    ends = named if isinstance(named, list) else [named]
+    return [token for token in ends if type(token) is int]

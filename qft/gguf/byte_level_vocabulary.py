@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from qft.gguf.pre_tokenizers import PreTokenizer, candidates
-from qft.gguf.token_table import Vocabulary, refuse, stripping_notes, token_table
+from qft.gguf.token_table import Vocabulary, refuse, token_table
 
 NO_MERGE = "▁ ▁"  # of two signs that no byte is written as: llama.cpp wants one merge at least
 
@@ -42,7 +42,7 @@ def byte_level(values: Mapping[str, Any], size: int) -> Vocabulary:
         notes.append(f"llama.cpp cuts {chosen.apart} otherwise than the tokenizer.")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return Vocabulary("gpt2", chosen.name, tokens, types, merges=merges or [NO_MERGE],
-                      notes=[*notes, *stripping_notes(values)])  # fmt: skip
+                      notes=notes)  # fmt: skip
 
 
 def _chosen(found: list[PreTokenizer], values: Mapping[str, Any]) -> PreTokenizer:

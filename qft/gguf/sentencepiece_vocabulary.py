@@ -12,7 +12,7 @@ from typing import Any
 
 import gguf
 
-from qft.gguf.token_table import SPACE, Vocabulary, refuse, stripping_notes, token_table
+from qft.gguf.token_table import SPACE, Vocabulary, refuse, token_table
 
 _LEADING = (
     "llama.cpp puts a blank before every text, also before one that begins with a blank or that "
@@ -48,7 +48,7 @@ def sentencepiece(values: Mapping[str, Any], size: int) -> Vocabulary:
     last = float(len(pairs))  # single characters are never merged into; any score does
     found = Vocabulary("llama", "default", tokens, types, [-float(ranks.get(t, last))
                        for t in tokens], settings={"add_space_prefix": prefix},
-                       notes=[*notes, *stripping_notes(values)])  # fmt: skip
+                       notes=notes)  # fmt: skip
     _set_types(found, model, ranks)
     return found
 

@@ -41,6 +41,16 @@ def taught_ids(reference: Subject, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
+def needed_stops(reference: Subject) -> list[int]:
+    """What training ended answers with; nothing of a model that was taught none by qft."""
+    if reference.adapter is None or reference.spec.task not in _WRITES:
+        return []
+    try:
+        return taught_ids(reference, reference.tokenizer())
+    except ModelError:  # a model without a tokenizer was not taught to end anything
+        return []
+
+
 def complete_stops(reference: Subject, folder: Path) -> list[int]:
     """Adds to a model folder's generation settings what training ended answers with.
 
@@ -50,11 +60,8 @@ def complete_stops(reference: Subject, folder: Path) -> list[int]:
     Returns:
         The tokens that were added.
     """
-    if reference.adapter is None or reference.spec.task not in _WRITES:
-        return []
-    try:
-        needed = taught_ids(reference, reference.tokenizer())
-    except ModelError:  # a model without a tokenizer was not taught to end anything
+    needed = needed_stops(reference)
+    if not needed:
         return []
     settings = generation_config(reference)
     stops = _as_ids(settings.eos_token_id)
