@@ -59,7 +59,8 @@ def open_any(
     spec = subject.spec
     if subject.gguf is not None:
         tokenizer = models.open_tokenizer(subject.folder)
-        return Opened(read_back(subject.gguf), tokenizer, spec.task, None, None)
+        return Opened(read_back(subject.gguf), tokenizer, spec.task, spec.labels, None,
+                      spec.labels_are)  # fmt: skip
     # the classes are those of its own config
     plain = models.ModelSpec(source=source, task=spec.task, trust=trust, **spec_changes)
     model = models.open_model(subject.folder, plain)
