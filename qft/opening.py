@@ -60,7 +60,8 @@ def open_any(
     spec = subject.spec
     if subject.gguf is not None:
         tokenizer = models.open_tokenizer(subject.folder)
-        return Opened(read_back(subject.gguf), tokenizer, spec.task, None, None)
+        return Opened(read_back(subject.gguf), tokenizer, spec.task, spec.labels, None,
+                      spec.labels_are)  # fmt: skip
     if subject.onnx is not None:
         model = read_back(subject.onnx, task=spec.task)
         tokenizer = models.open_tokenizer(subject.folder)

@@ -39,19 +39,28 @@ _CLASSES = {
 }
 
 
-def make_family(family: str, folder: Path, **changes: Any) -> Path:
-    """Saves a model whose every tensor matters, with a tokenizer of its kind.
+def family_config(family: str, **changes: Any) -> tuple[Any, str]:
+    """A small config, and the name of its model's class.
 
     Args:
         family: as transformers spells it before ``Config``.
         changes: to its config.
     """
-    import torch
     import transformers
 
     config_name, model_name = _CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     shape = _GPT2 if family == "GPT2" else _BERT if family.startswith("Bert") else _SHAPE
-    config = getattr(transformers, config_name)(**{**shape, **_OWN.get(family, {}), **changes})
+    values = {**shape, **_OWN.get(family, {}), **changes}
+    return getattr(transformers, config_name)(**values), model_name
+
+
+def make_family(family: str, folder: Path, **changes: Any) -> Path:
+    """Saves a model whose every tensor matters, with a tokenizer of its kind."""
+    import torch
+    import transformers
+    from small_vocabularies import wordpiece
+
+    config, model_name = family_config(family, **changes)
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config)
     centre = 0.0 if family.startswith("Gemma") else 1.0  # of a norm's weight

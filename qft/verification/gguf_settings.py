@@ -197,7 +197,8 @@ def _gemma(opened: OpenedGGUF, window: int, period: int) -> dict[str, Any]:
     kinds = ["sliding_attention" if each and window else "full_attention" for each in slides]
     largest = layers == _LARGEST_GEMMA[opened.architecture]
     by_heads = values["hidden_size"] // values["num_attention_heads"]
-    return {**values, "layer_types": kinds, "sliding_window": window or None,
+    return {**values, "layer_types": kinds,
+            "sliding_window": window or values["max_position_embeddings"],
             "query_pre_attn_scalar": by_heads if largest else values["head_dim"]}  # fmt: skip
 
 

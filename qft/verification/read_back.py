@@ -132,6 +132,7 @@ class GGUFTensors:
     """A GGUF file's tensors under module names, each dequantized and turned as transformers does.
 
     Args:
+        opened: the file.
         skeleton: the model that transformers makes of the file, on the meta device.
         tied: as above.
 
@@ -139,21 +140,19 @@ class GGUFTensors:
         ModelError: transformers puts several tensors of this architecture into one.
     """
 
-    def __init__(self, file: Path, skeleton: nn.Module, tied: Mapping[str, str]) -> None:
-        import gguf
+    def __init__(self, opened: OpenedGGUF, skeleton: nn.Module, tied: Mapping[str, str]) -> None:
         from transformers import modeling_gguf_pytorch_utils as reader
 
         described: Any = skeleton.config
-        opened = gguf.GGUFReader(file)
-        architecture = str(opened.fields["general.architecture"].contents())
-        kind = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)
-        if any("expert" in tensor.name or "_exps" in tensor.name for tensor in opened.tensors):
-            raise ModelError("A mixture's GGUF file cannot be read layer by layer.", where=file)
+        kind = reader.TENSOR_PROCESSORS.get(opened.architecture, reader.TensorProcessor)
+        if any("expert" in name or "_exps" in name for name in opened.tensors):
+            raise ModelError("A mixture's GGUF file cannot be read layer by layer.",
+                             where=opened.file)  # fmt: skip
         self._processor: Any = kind(config=described.to_dict())  # type: ignore[no-untyped-call]
         self._mapping = reader.get_gguf_hf_weights_map(skeleton, self._processor)
         self._stored = {
-            self._mapping[tensor.name]: tensor
-            for tensor in opened.tensors if tensor.name in self._mapping
+            self._mapping[name]: tensor
+            for name, tensor in opened.tensors.items() if name in self._mapping
         }  # fmt: skip
         for absent, present in tied.items():
             if present in self._stored:

@@ -93,7 +93,7 @@ def _gguf(subject: Subject, dtype: torch.dtype, device: str) -> LayerWeights:
             skeleton: Any = AutoModelForCausalLM.from_config(config_of(opened), dtype=dtype)
         skeleton.tie_weights()
         pairs = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
-        tensors = GGUFTensors(subject.gguf, skeleton, pairs)
+        tensors = GGUFTensors(opened, skeleton, pairs)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CannotStreamError("transformers cannot read this GGUF file layer by layer.",
                                 where=subject.gguf, found=error) from error  # fmt: skip
