@@ -147,8 +147,20 @@ def test_the_same_logits_in_llama_cpp(tmp_path, case):
         assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "mistral", "qwen2-tied", "qwen3", "gemma2",
-                                  "gemma3-untied-capped", "phi3-partial", "gpt2", "gpt2-inner"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "llama-biases",
+        "mistral",
+        "qwen2-tied",
+        "qwen3",
+        "gemma2",
+        "gemma3-untied-capped",
+        "phi3-partial",
+        "gpt2",
+        "gpt2-inner",
+    ],
+)
 def test_every_tensor_is_there_and_read_alone(tmp_path, case):
     base, path = written(tmp_path, case)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -8,12 +8,14 @@ becomes, in the library's own layout (compressed-tensors 0.20):
 - w8a8: ``weight`` int8 ``[out, in]``, ``weight_scale`` ``[out, 1]``.
 
 Heads, embeddings, norms and biases stay as they are, in the source's dtype, which is the scales'
-dtype too.
+dtype too. Where there are calibration rows, the layers of the model's stack are rounded first, by
+`qft.export.error_compensation`, and kept beside the files until these are written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,25 @@ import torch
 from torch import Tensor, nn
 
 from qft import models, quantization
+from qft.calibration import Calibration
 from qft.errors import ModelError
 from qft.export.compressed_schemes import SCHEMES, quantization_config
 from qft.export.delta_rounding import DeltaRounding, DeltaTally
+from qft.export.error_compensation import Target, fit_layers
 from qft.export.integer_rounding import find_scales, from_integers, pack, to_integers
 from qft.export.layer_rows import Block, LayerRows
 from qft.files import folder_bytes, new_folder, require_disk, unfinished
+from qft.lean.model_parts import layer_stacks
 from qft.merging.bnb_rounding import quantized_linears
 from qft.merging.merge import Progress, identity, write_config
 from qft.merging.side_files import copy_files, files_bytes
-from qft.merging.tensors import TensorSource
+from qft.merging.tensors import MergedTensors
 from qft.shard_writer import MAX_SHARD_BYTES, Spec, write_shards
-from qft.shards import tensor_bytes
+from qft.shards import ShardedCheckpoint, row_blocks, tensor_bytes
 from qft.write_journal import WriteJournal
 
 _HEADER_SLACK_BYTES = 4 * 2**20
+_FITTED = "fitted"  # folder of the kept layers
 
 
 class CompressedPlan:
@@ -44,13 +50,16 @@ class CompressedPlan:
     Args:
         source: the model, unquantized.
         kind: a key of :data:`qft.export.compressed_schemes.SCHEMES`.
+        calibration: rows to fit the rounding to; None rounds each weight by itself.
 
     Raises:
         ModelError: transformers does not know the architecture, or the format cannot express it.
     """
 
-    def __init__(self, source: TensorSource, kind: str) -> None:
-        self.source, self.kind, self.scheme = source, kind, SCHEMES[kind]
+    def __init__(
+        self, source: MergedTensors, kind: str, calibration: Calibration | None = None
+    ) -> None:
+        self.source, self.scheme, self.calibration = source, SCHEMES[kind], calibration
         skeleton = models.build_skeleton(source.config)
         linears = quantized_linears(skeleton, quantization.unquantized_modules(skeleton))
         self._layers = LayerRows(source, linears, groups=False)
@@ -67,13 +76,46 @@ class CompressedPlan:
         self._parents: dict[str, str] = {}  # written name → the source's name
         self._scales: tuple[str, Tensor] | None = None  # of the layer that was written last
         self._tally = DeltaTally()
+        self._fitted: dict[str, ShardedCheckpoint] = {}  # a layer's name → where it is kept
         self.specs = [spec for name in source.names() for spec in self._specs(name)]
         self.notes = self._fallen_back()
+        self.targets = self._targets(skeleton) if calibration is not None else {}
 
     @property
     def bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor_bytes(shape, dtype) for _, shape, dtype in self.specs)
+
+    @property
+    def fitted_bytes(self) -> int:
+        """Bytes of the layers that are kept beside the files while these are written."""
+        return sum(target.bytes for target in self.targets.values())
+
+    def _targets(self, skeleton: nn.Module) -> dict[str, Target]:
+        """The layers that can be fitted to rows: those of the model's one stack."""
+        stacks = list(layer_stacks(skeleton))
+        if len(stacks) != 1:
+            self.notes.append("rounded to nearest, not fitted to rows: the model has not one stack "
+                              "of layers")  # fmt: skip
+            return {}
+        return {
+            owner: Target(size, self.scheme.grid(size[1]), self.source.dtype(name))
+            for name, owner in self._weights.items()
+            if owner.startswith(f"{stacks[0]}.") and (size := self._layers.size(name))
+        }
+
+    def use_fitted(self, places: Sequence[Path]) -> None:
+        """Takes the layers from where `qft.export.error_compensation` has kept them."""
+        for place in places:
+            kept = ShardedCheckpoint(place)
+            ends = (name for name in kept.names() if name.endswith(".weight"))
+            self._fitted |= {name.removesuffix(".weight"): kept for name in ends}
+        missed = len(self.targets) - len(self._fitted)
+        assert self.calibration is not None
+        rows = f"{self.calibration.rows} rows of {self.calibration.name}"
+        self.notes.append(f"{len(self._fitted)} layers were fitted to {rows}")
+        if missed:
+            self.notes.append(f"{missed} layer(s) that no row comes to were rounded to nearest")
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json must say, so that transformers and vLLM open the folder as it is."""
@@ -136,6 +178,14 @@ class CompressedPlan:
         return self._scales[1]
 
     def _rounded(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        owner = self._weights[name]
+        kept = self._fitted.get(owner)
+        if kept is not None:
+            for part in row_blocks(self._layers.size(name)):
+                places = range(part.start, part.stop)
+                yield (kept.read_rows(f"{owner}.weight", places),
+                       kept.read_rows(f"{owner}.weight_scale", places))  # fmt: skip
+            return
         for block in self._layers.blocks(name):
             integers, scales = self._nearest(block.merged, name)
             if block.changed:
@@ -155,6 +205,18 @@ class CompressedPlan:
         assert block.base is not None
         plain = from_integers(*self._nearest(block.base, name))
         self._tally.add(stored, plain, block.base, block.merged)
+
+    @property
+    def fitted(self) -> list[str]:
+        """What decides how the layers are fitted to rows; empty where they are not."""
+        if self.calibration is None:
+            return []
+        return [self.calibration.fingerprint, self.calibration.device]
+
+    def close(self) -> None:
+        """Closes the kept layers' files."""
+        for kept in {id(kept): kept for kept in self._fitted.values()}.values():
+            kept.close()
 
     def delta_rounding(self) -> DeltaRounding | None:
         """What became of the adapter's change, once all was produced."""
@@ -189,16 +251,21 @@ def write_compressed(
         SaveError: the disk is full; nothing is left behind and nothing that existed has changed.
     """
     source = plan.source
-    needed = plan.bytes + files_bytes(source.files) + _HEADER_SLACK_BYTES
+    needed = plan.bytes + plan.fitted_bytes + files_bytes(source.files) + _HEADER_SLACK_BYTES
     require_disk(out, max(0, needed - folder_bytes(unfinished(out))))
     described = plan.quantization_config()
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
-        facts = {"quantized": described, "max_shard_bytes": max_shard_bytes}
+        facts = {"quantized": described, "max_shard_bytes": max_shard_bytes, "fitted": plan.fitted}
         journal = WriteJournal(folder, identity(source, **facts))
+        if plan.calibration is not None and plan.targets:
+            plan.use_fitted(fit_layers(source, plan.targets, plan.calibration, folder / _FITTED,
+                                       progress))  # fmt: skip
         write_config(source, folder, quantization_config=described)
         copy_files(source.files, folder)
         write_shards(
             folder, plan.specs, plan.produce, max_shard_bytes=max_shard_bytes, progress=progress,
             journal=journal,
         )  # fmt: skip
+        plan.close()
+        shutil.rmtree(folder / _FITTED, ignore_errors=True)
         journal.close()

@@ -78,7 +78,7 @@ def _named(group: Any, values: Mapping[str, Any]) -> str | None:
 
 
 def quantization_config(
-    scheme: Scheme, widths: Mapping[str, int], ignored: Collection[str], order: str | None = None
+    scheme: Scheme, widths: Mapping[str, int], ignored: Collection[str]
 ) -> dict[str, Any]:
     """What config.json says of a folder.
 
@@ -88,7 +88,6 @@ def quantization_config(
     Args:
         widths: names of the quantized layers → weights in a row.
         ignored: names of the linear layers that are not quantized.
-        order: ``weight``, where columns were worked off by the size of their inputs.
     """
     layers: dict[int | None, list[str]] = defaultdict(list)
     for name, width in widths.items():
@@ -96,7 +95,7 @@ def quantization_config(
     groups = sorted(layers, key=lambda group: len(layers[group]))
     layers[groups[-1]] = ["Linear"]
     config_groups = {
-        f"group_{number}": _group(scheme, group, layers[group], order)
+        f"group_{number}": _group(scheme, group, layers[group])
         for number, group in enumerate(groups)
     }
     return {
@@ -113,14 +112,12 @@ def quantization_config(
     }
 
 
-def _group(
-    scheme: Scheme, group: int | None, targets: list[str], order: str | None
-) -> dict[str, Any]:
+def _group(scheme: Scheme, group: int | None, targets: list[str]) -> dict[str, Any]:
     weights = _numbers(scheme.bits, "channel" if group is None else "group", group)
     inputs = {**_numbers(8, "token", None), "dynamic": True} if scheme.activations else None
     return {
         "targets": targets,
-        "weights": weights if order is None else {**weights, "actorder": order},
+        "weights": weights,
         "input_activations": inputs,
         "output_activations": None,
         "format": scheme.format,

@@ -290,8 +290,9 @@ def _write(
             size = write_beside(found, target, overwrite=overwrite, progress=bar.advance)
         return ExportReport(format, target, size, delta_rounding=DeltaRounding(0.0, 1.0))
     if found is not None and choice is not None:
-        # rounded once, to the format's own numbers; bitsandbytes keeps the base's dtype beside them
-        tensors = _open(found, None if format.startswith("bnb:") else torch.float32, choice)
+        # rounded once, to the format's own numbers; these keep the base's dtype beside them
+        keeps = format.startswith(("bnb:", "compressed-tensors:"))
+        tensors = _open(found, None if keeps else torch.float32, choice)
     elif found is not None:
         tensors = _open(found, None, None)
     else:

@@ -51,8 +51,12 @@ FORMATS = {
     "onnx:int8": "onnxruntime, encoders only, 8 bits",
 }
 
-# Families whose rounding can be fitted to rows → whether it is, unless the user says otherwise.
-FITTED: dict[str, bool] = {}
+# Families, or formats where one differs from its family, whose rounding can be fitted to rows →
+# whether it is, unless the user says otherwise.
+FITTED: dict[str, bool] = {
+    "compressed-tensors": False,  # 8 bits lose next to nothing as it is
+    "compressed-tensors:w4a16": True,
+}
 
 
 @dataclass(frozen=True)
@@ -142,9 +146,10 @@ def write_format(
     if family == "compressed-tensors":
         from qft.export.compressed_format import CompressedPlan, write_compressed
 
-        compressed = CompressedPlan(source, kind)
+        compressed = CompressedPlan(source, kind, calibration)
+        work = compressed.bytes + compressed.fitted_bytes
         write_compressed(compressed, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-                         progress=_scaled(progress, compressed.bytes, total))  # fmt: skip
+                         progress=_scaled(progress, work, total))  # fmt: skip
         return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
                             compressed.delta_rounding())  # fmt: skip
     if family == "gguf-lora":
@@ -192,6 +197,11 @@ def _scaled(progress: Progress | None, written: int, total: int) -> Progress | N
 def fits_to_rows(format: str) -> bool:
     """Whether the rounding of a format can be fitted to rows."""
     return format.split(":")[0] in FITTED
+
+
+def fitted_unasked(format: str) -> bool:
+    """Whether it is fitted where the user does not say, and rows are at hand."""
+    return FITTED.get(format, FITTED.get(format.split(":")[0], False))
 
 
 def require_known(format: str) -> None:

@@ -1,9 +1,9 @@
 """Weights as symmetric integers with a scale a row, or a scale a group of a row's weights.
 
-A weight is ``q · s`` with q in ``[-2^(b-1), 2^(b-1) - 1]``. The scale is searched: the largest weight
-may be cut off where that makes the squared error of the others smaller by more. Scales are rounded to
-the dtype they are stored in before anything is rounded by them, so that what is stored is what was
-judged.
+A weight is ``q · s`` with q in ``[-2^(b-1), 2^(b-1) - 1]``. The scale is searched: the largest
+weight may be cut off where that makes the squared error of the others smaller by more. Scales are
+rounded to the dtype they are stored in before anything is rounded by them, so that what is stored
+is what was judged.
 """
 
 from __future__ import annotations
@@ -132,8 +132,9 @@ def to_integers(rows: Tensor, scales: Tensor, grid: IntegerGrid) -> Tensor:
 
 def from_integers(integers: Tensor, scales: Tensor) -> Tensor:
     """What integers stand for, ``[rows, in]``, computed in the scales' dtype as readers do it."""
-    grouped = integers.unflatten(1, (scales.shape[1], -1))
-    return (grouped.to(scales.dtype) * scales[..., None]).flatten(1)
+    grouped: Tensor = integers.unflatten(1, (scales.shape[1], -1))
+    full: Tensor = (grouped.to(scales.dtype) * scales[..., None]).flatten(1)
+    return full
 
 
 def pack(integers: Tensor, bits: int) -> Tensor:
