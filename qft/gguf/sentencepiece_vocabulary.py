@@ -66,9 +66,7 @@ def _set_types(found: Vocabulary, model: Mapping[str, Any], ranks: Mapping[str, 
                 found.retype(gguf.TokenType.NORMAL, number)
 
 
-def _require_closed(
-    vocab: Mapping[str, int], pairs: set[tuple[str, ...]], added: set[str]
-) -> None:
+def _require_closed(vocab: Mapping[str, int], pairs: set[tuple[str, ...]], added: set[str]) -> None:
     """llama.cpp merges any two tokens whose union is one; the merge list must allow the same."""
     for token in vocab:
         if token in added or (token.startswith("<") and token.endswith(">")):

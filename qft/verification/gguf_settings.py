@@ -18,7 +18,10 @@ from qft.errors import ModelError
 
 RANK = 4  # llama.cpp's pooling type of a classifier
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", RANK: "rank"}
-_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the size whose queries it scales otherwise
+_LARGEST_GEMMA = {
+    "gemma2": 46,
+    "gemma3": 62,
+}  # layers of the size whose queries it scales otherwise
 _SPECIAL = {"bos": "bos", "eos": "eos", "padding": "pad"}
 
 
@@ -97,7 +100,8 @@ def config_of(opened: OpenedGGUF) -> Any:
     kind, read = _READERS[opened.architecture]
     ids = {f"{ours}_token_id": opened.tokenizer(f"{theirs}_token_id")
            for theirs, ours in _SPECIAL.items()}  # fmt: skip
-    return CONFIG_MAPPING[kind](
+    described: Any = CONFIG_MAPPING[kind]
+    return described(
         **read(opened), **ids, vocab_size=opened.vocabulary(), name_or_path=str(opened.file),
         tie_word_embeddings="output.weight" not in opened.tensors,
     )  # fmt: skip
@@ -211,7 +215,7 @@ def _gpt2(opened: OpenedGGUF) -> dict[str, Any]:
 
 
 def _bert(opened: OpenedGGUF) -> dict[str, Any]:
-    values = {
+    values: dict[str, Any] = {
         "max_position_embeddings": int(opened.need("context_length")),
         "num_hidden_layers": int(opened.need("block_count")),
         "hidden_size": int(opened.need("embedding_length")),
