@@ -397,8 +397,21 @@ def test_the_commands_run_on_every_family(tmp_path, write_rows, family):
         assert result["passed"]
         assert result["layer_by_layer"] is layers
     lost = qft.evaluate(str(base), data=data)["loss"]
-    assert abs(qft.evaluate(str(tmp_path / "out"), data=data)["loss"] - lost) < 5e-3
+    assert abs(qft.evaluate(str(tmp_path / "out"), data=data)["loss"] - lost) < 3e-2  # the base in bf16
     result = CliRunner().invoke(
         app, ["generate", report["path"], "-p", "the cat", "--max-new-tokens", "4"]
     )
     assert result.exit_code == 0, result.output
+
+
+def test_a_classifier_through_the_commands(tmp_path, write_rows):
+    base = make_family("BertClassifier", tmp_path / "base", **THREE)
+    rows = [{"text": f"the weather is fine {n}", "label": ["bad", "good", "so-so"][n % 3]}
+            for n in range(6)]  # fmt: skip
+    data = str(write_rows(rows))
+    report = qft.export(base, tmp_path / "out", format="gguf:f16", data=data)
+    assert report["verification"]["passed"]
+    assert any("pooling type rank" in note for note in report["notes"])
+    lost = qft.evaluate(str(base), data=data)
+    found = qft.evaluate(str(tmp_path / "out"), data=data)
+    assert found["accuracy"] == lost["accuracy"]
