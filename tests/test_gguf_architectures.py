@@ -22,7 +22,7 @@ from qft.gguf.contract import Architecture
 from qft.merging.merge import open_source
 from qft.merging.tensors import MergedTensors
 from qft.pooling import CONFIG_KEY
-from qft.verification.gguf_settings import OpenedGGUF
+from qft.verification.gguf_config import OpenedGGUF
 from qft.verification.read_back import GGUFTensors, read_back
 
 torch.set_num_threads(1)

@@ -64,7 +64,7 @@ _PLACES = """
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats
-    verification.thresholds verification.gguf_settings verification.gguf_encoder
+    verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.read_back verification.diagnosis verification.tally
     verification.subject verification.tensors_check verification.tokens_check verification.stops
     verification.answers verification.listening verification.verify verification.layerwise

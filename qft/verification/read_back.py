@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qft import models
 from qft.errors import ModelError, first_line
 from qft.verification.gguf_encoder import read_encoder
-from qft.verification.gguf_settings import OpenedGGUF, config_of
+from qft.verification.gguf_config import OpenedGGUF, config_of
 
 
 def read_back(
