@@ -59,14 +59,16 @@ _PLACES = """
     readiness checking training folds
     gguf.types gguf.rounding gguf.mixes gguf.file gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
-    gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary gguf.sentencepiece_vocabulary
-    gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
+    gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
+    gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.read_back verification.diagnosis verification.tally
-    verification.subject verification.tensors_check verification.tokens_check verification.stops
+    verification.subject verification.tensors_check verification.tokens_check
+    verification.llama_tokens verification.cut_check verification.gguf_settings
+    verification.gguf_tokens verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
     verification.streams verification.summary opening written scoring verification.proof
     export.right_base export.calibration export.beside export.place export.proven

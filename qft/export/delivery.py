@@ -41,7 +41,7 @@ from qft.merging.tensors import MergedTensors
 from qft.merging.together import combine_folders, listed, located
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.verification.proof import rows_of
-from qft.verification.stops import complete_stops
+from qft.verification.stops import complete_stops, needed_stops
 from qft.verification.subject import Subject, locate, of_adapter
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
@@ -290,7 +290,8 @@ def _write(
         tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
     with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
         written = write_format(tensors, format, target, calibration=calibration,
-                               overwrite=overwrite, progress=bar.advance)  # fmt: skip
+                               overwrite=overwrite, progress=bar.advance,
+                               stops=needed_stops(reference))  # fmt: skip
     tensors.close()
     return written
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def write_format(
     calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    stops: Sequence[int] = (),
 ) -> ExportReport:
     """Writes ``source`` in one of FORMATS into the folder ``out``, tensor by tensor.
 
@@ -70,6 +72,8 @@ def write_format(
         calibration: rows to fit the rounding to, for a format that :func:`fits_to_rows`.
         overwrite: replace what ``out`` holds, once the new one is complete.
         progress: called with the source's bytes done; they add up to the source's own total.
+        stops: tokens that must end a generation, beside those the source's own files name; a GGUF
+            file holds them all.
 
     Raises:
         RecipeError: there is no such format.
@@ -106,7 +110,7 @@ def write_format(
     plan = GGUFPlan(source, kind)
     require_disk(out, plan.bytes + files_bytes(source.files))
     with new_folder(out, overwrite=overwrite) as folder:
-        name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
+        name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total), stops).name
     return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
 
 

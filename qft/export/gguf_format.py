@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from qft.errors import ModelError
+from qft.files import read_json
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, write_file
 from qft.gguf.mixes import MIXES, choose_types
@@ -94,8 +96,13 @@ class GGUFPlan:
                                  found=error.found, fix=error.fix) from None  # fmt: skip
 
 
-def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -> Path:
-    """Writes the file, and the tokenizer and config beside it; returns the file's path.
+def write_gguf(
+    plan: GGUFPlan, folder: Path, progress: Progress | None = None, stops: Sequence[int] = ()
+) -> Path:
+    """Writes the file, the tokenizer and config beside it; returns the file's path.
+
+    Args:
+        stops: tokens that must end a generation, beside those the source's own files name.
 
     Raises:
         ModelError: the tokenizer cannot be expressed.
@@ -105,7 +112,16 @@ def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -
                          fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
     write_config(plan.source, folder)
     copy_files(plan.source.files, folder)
-    vocabulary = vocabulary_metadata(open_tokenizer(folder), plan.source.config)
+    ends = [*_named_stops(folder, plan.source.config), *stops]
+    vocabulary = vocabulary_metadata(open_tokenizer(folder), plan.source.config, ends, plan.notes)
     path = folder / f"model-{plan.mix}.gguf"
     write_file(path, plan.metadata() | vocabulary, plan.tensors, plan.produce, progress)
     return path
+
+
+def _named_stops(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """What generation_config.json, or else config.json, names as the end of a generation."""
+    path = folder / "generation_config.json"
+    named = (read_json(path) if path.is_file() else config).get("eos_token_id")
+    ends = named if isinstance(named, list) else [named]
+    return [token for token in ends if type(token) is int]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.errors import ModelError, first_line
-from qft.verification.gguf_encoder import read_encoder
+from qft.gguf.checked import check_file
 from qft.verification.gguf_config import OpenedGGUF, config_of
+from qft.verification.gguf_encoder import read_encoder
 
 
 def read_back(
@@ -34,6 +35,7 @@ def read_back(
     path = Path(path)
     file = gguf_file(path)
     if file is not None:
+        check_file(file)
         return _read_gguf(file, dtype or torch.float32)
     config = models.read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")

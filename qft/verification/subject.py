@@ -14,6 +14,7 @@ from torch import nn
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.errors import ModelError, RecipeError
+from qft.gguf.checked import check_file
 from qft.merging.side_files import side_files
 from qft.verification.read_back import gguf_file, read_back
 from qft.verification.thresholds import stored_format
@@ -155,6 +156,8 @@ def locate(
                               found=f"{task}; it was trained for {found.task}")  # fmt: skip
         return of_adapter(found, str(source))
     file = gguf_file(path)
+    if file is not None:
+        check_file(file)
     folder = file.parent if file is not None else models.resolve_folder(str(source), trust)
     config = models.read_config(folder) if (folder / "config.json").is_file() else {}
     return of_model(folder, config, task, str(source), gguf=file, trust=trust)
