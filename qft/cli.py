@@ -744,7 +744,7 @@ def _trust(allow_pickle: bool, remote_code: bool) -> Any:
 
 
 def _require_writer(task: str) -> None:
-    if task in ("classify", "extract", "token"):
+    if task in ("classify", "extract", "token", "embed"):
         raise RecipeError(f"A model for the task {task} writes no text.",
                           fix="qft eval MODEL --data FILE")  # fmt: skip
 

@@ -396,8 +396,8 @@ def test_the_commands_run_on_every_family(tmp_path, write_rows, family):
         result = qft.verify(base, report["path"], data=data, layer_by_layer=layers)
         assert result["passed"]
         assert result["layer_by_layer"] is layers
-    lost = qft.evaluate(str(base), data=data)["loss"]
-    assert abs(qft.evaluate(str(tmp_path / "out"), data=data)["loss"] - lost) < 3e-2  # the base in bf16
+    lost = qft.evaluate(str(base), data=data)["loss"]  # in bf16, where the machine has it
+    assert abs(qft.evaluate(str(tmp_path / "out"), data=data)["loss"] - lost) < 3e-2
     result = CliRunner().invoke(
         app, ["generate", report["path"], "-p", "the cat", "--max-new-tokens", "4"]
     )

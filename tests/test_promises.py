@@ -30,10 +30,10 @@ _PLACES = """
     lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
-    four_bit quantization pooling model_dropout shards write_journal shard_writer models
+    four_bit quantization pooling model_dropout shards onnx_files write_journal shard_writer models
     adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
-    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
+    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.embed data.packing
     data.augment data.splits data.tasks data.preflight inputs shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
@@ -61,11 +61,11 @@ _PLACES = """
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
-    export.safetensors_format export.gguf_format
+    export.safetensors_format export.gguf_format export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats
     verification.thresholds verification.gguf_config verification.gguf_encoder
-    verification.read_back verification.diagnosis verification.tally
+    verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.tensors_check verification.tokens_check
     verification.llama_tokens verification.cut_check verification.gguf_settings
     verification.gguf_tokens verification.stops

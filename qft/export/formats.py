@@ -26,6 +26,8 @@ FORMATS = {
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
+    "onnx:fp32": "onnxruntime, encoders only, 32 bits",
+    "onnx:int8": "onnxruntime, encoders only, 8 bits",
 }
 
 # Families whose rounding can be fitted to rows → whether it is, unless the user says otherwise.
@@ -105,6 +107,14 @@ def write_format(
                       _scaled(progress, quantized.bytes, total))  # fmt: skip
         return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
                             quantized.delta_rounding())  # fmt: skip
+    if family == "onnx":
+        from qft.export.onnx_format import OnnxPlan, write_onnx
+
+        traced = OnnxPlan(source, kind)
+        require_disk(out, traced.bytes + files_bytes(source.files))
+        with new_folder(out, overwrite=overwrite) as folder:
+            written = write_onnx(traced, folder, progress)
+        return ExportReport(format, out, written, tuple(traced.notes))
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 HEAD = "head"
 EMBEDDINGS = "embeddings"
+VECTORS = "last_hidden_state"  # of an encoder that no layer of can be listened to
 
 _FEWER_BITS = {
     "bnb:nf4": "export to bnb:int8 or gguf:q8_0, which round less",
     "bnb:int8": "export to gguf:q8_0 or safetensors:bf16, which round less",
     "gguf:q8_0": "export to gguf:f16, which rounds less",
     "gguf:f16": "export to gguf:bf16 or gguf:f32",
+    "onnx:int8": "export to onnx:fp32, which rounds nothing",
 }
 _FROM_THE_START = (
     "it diverges from the first layer on, as after an adapter that was merged twice, with another "
@@ -78,6 +80,8 @@ def _by_place(format: str, place: str | None, places: Sequence[str]) -> str:
         )
     if place == EMBEDDINGS:
         return f"the embeddings are other ones: check the vocabulary and the base, and {again}"
+    if place == VECTORS:
+        return _FEWER_BITS.get(format, again)
     if place is not None and place in places[:2]:
         family = format.partition(":")[0]
         return _FROM_THE_START + {"bnb": _BAD_SCALES, "gguf": _IN_GGUF}.get(family, "")

@@ -21,6 +21,7 @@ from qft.data.tasks import TASKS, ExampleSet, pad_id
 from qft.errors import ModelError, RecipeError, VerificationError
 from qft.files import write_json
 from qft.held_out import held_out_examples
+from qft.onnx_files import weight_count
 from qft.progress import QUIET, Bar, Reporter
 from qft.shards import ShardedCheckpoint
 from qft.verification.diagnosis import Finding, advice
@@ -45,6 +46,7 @@ from qft.verification.verify import FILE, Rows, Verification
 from qft.verification.verify import verify as compare
 
 _TEXTS = 64  # held-out texts whose tokens are compared
+_LONGEST = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,14 @@ def rows_of(reference: Subject, *, data: str | None = None, limit: int | None = 
         labels=spec.labels,
         labels_are=spec.labels_are,
         data=data,
+        max_length=_longest(reference) if spec.task == "embed" else None,
         limit=limit,
     ).first(limit)  # a text makes several examples
+
+
+def _longest(reference: Subject) -> int:
+    """Tokens of a text that an encoder without a head is compared on."""
+    return min(_LONGEST, models.longest_input(reference.folder, reference.spec) or _LONGEST)
 
 
 def prove(
@@ -185,7 +193,7 @@ def prove(
     write_json(file, written)
     for line in summary(result, texts=len(texts), stops=needed, tokenizer=tokenizer):
         reporter.say(line)
-    result.check(artefact.gguf or artefact.home)
+    result.check(artefact.gguf or artefact.onnx or artefact.home)
     return written
 
 
@@ -340,5 +348,7 @@ def _values(subject: Subject) -> int:
     """How many numbers a model holds, from headers alone."""
     if subject.gguf is not None:
         return sum(int(tensor.n_elements) for tensor in subject.reader.tensors)
+    if subject.onnx is not None:
+        return weight_count(subject.onnx)
     with ShardedCheckpoint(subject.folder) as checkpoint:
         return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())

@@ -1,6 +1,7 @@
 """Opens an artefact with a reader that is not its writer's, so that no mistake undoes itself.
 
-transformers' own loading for model folders, its GGUF loader for the tensors of GGUF files.
+transformers' own loading for model folders, its GGUF loader for the tensors of GGUF files,
+onnxruntime for ONNX.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from qft import models
 from qft.errors import ModelError, first_line
 from qft.gguf.checked import check_file
+from qft.onnx_files import onnx_file
 from qft.verification.gguf_config import OpenedGGUF, config_of
 from qft.verification.gguf_encoder import read_encoder
+from qft.verification.onnx_model import open_onnx
 
 
 def read_back(
@@ -25,8 +28,9 @@ def read_back(
     """Opens an exported model with a reader that is not qft's own writer's, in eval mode.
 
     Args:
-        path: a ``.gguf`` file, a folder that holds one, or a model folder.
-        dtype: of the arithmetic; None is float32 for GGUF and what config.json says otherwise.
+        path: a ``.gguf`` or ``.onnx`` file, a folder that holds one, or a model folder.
+        dtype: of the arithmetic; None is float32 for GGUF and what config.json says otherwise. An
+            ONNX file says it itself.
         task: where the model does not say it.
 
     Raises:
@@ -37,10 +41,13 @@ def read_back(
     if file is not None:
         check_file(file)
         return _read_gguf(file, dtype or torch.float32)
+    graph = onnx_file(path)
+    if graph is not None:
+        return open_onnx(graph, task)
     config = models.read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     chosen = dtype or getattr(torch, stored, torch.float32)
-    spec = models.ModelSpec(source=str(path), task=task or models.task_of(config), dtype=chosen)
+    spec = models.ModelSpec(source=str(path), task=task or models.task_to_run(config), dtype=chosen)
     return models.open_model(path, spec)
 
 

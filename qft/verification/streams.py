@@ -38,6 +38,9 @@ def open_weights(subject: Subject, dtype: torch.dtype) -> Iterator[LayerWeights]
     if subject.gguf is not None:
         yield _gguf(subject, dtype, device)
         return
+    if subject.onnx is not None:
+        raise CannotStreamError("An ONNX graph runs whole, not layer by layer.",
+                                where=subject.onnx)  # fmt: skip
     models.check_folder(subject.folder, subject.spec.trust)
     if subject.adapter is None:
         yield _folder(subject, dtype, device)
