@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import qft
 from qft import models
 from qft.cli import app
-from qft.errors import ModelError
+from qft.errors import ModelError, VerificationError
 from qft.export.formats import write_format
 from qft.gguf.architectures import architecture_of
 from qft.gguf.contract import Architecture
@@ -415,3 +415,33 @@ def test_a_classifier_through_the_commands(tmp_path, write_rows):
     lost = qft.evaluate(str(base), data=data)
     found = qft.evaluate(str(tmp_path / "out"), data=data)
     assert found["accuracy"] == lost["accuracy"]
+
+
+def test_an_encoder_through_the_commands(tmp_path, write_rows):
+    base = make_family("Bert", tmp_path / "base")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    data = str(write_rows([{"text": f"the weather is fine {n}"} for n in range(4)]))
+    report = qft.export(base, tmp_path / "out", format="gguf:f16", data=data)
+    assert report["verification"]["passed"]
+    assert "pooling: cls" in report["notes"][0]
+    assert OpenedGGUF(Path(report["path"])).own("pooling_type") == 2
+    other = make_family("Bert", tmp_path / "other", hidden_act="gelu_new", type_vocab_size=3)
+    with pytest.raises(VerificationError):
+        qft.verify(other, report["path"], data=data)
+
+
+@pytest.mark.slow
+def test_a_real_sentence_encoder_in_llama_cpp(tmp_path, minilm):
+    pytest.importorskip("llama_cpp")
+    import llama_cpp_runs
+
+    report = qft.export(minilm, tmp_path / "out", format="gguf:f32", verify=False)
+    model = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
+    tokens = text_ids(minilm)
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state[0].mean(0)
+        read = read_back(report["path"])(tokens).last_hidden_state[0].mean(0)
+    found = llama_cpp_runs.pooled(Path(report["path"]), tokens[0].tolist())
+    assert torch.allclose(read, expected, atol=1e-5)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
