@@ -71,7 +71,7 @@ _PLACES = """
     export.integer_rounding export.error_compensation export.compressed_schemes
     export.compressed_format
     export.formats
-    verification.thresholds verification.gguf_settings verification.gguf_encoder
+    verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file
     verification.tensors_check verification.tokens_check

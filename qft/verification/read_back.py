@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qft import models
 from qft.errors import ModelError, first_line
 from qft.onnx_files import onnx_file
+from qft.verification.gguf_config import OpenedGGUF, config_of
 from qft.verification.gguf_encoder import read_encoder
-from qft.verification.gguf_settings import OpenedGGUF, config_of
 from qft.verification.onnx_model import open_onnx
 
 _FIRST_BYTES = 4096  # of a file; its kind is told there
