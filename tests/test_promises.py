@@ -64,7 +64,7 @@ _PLACES = """
     verification.thresholds verification.read_back verification.diagnosis verification.tally
     verification.subject verification.tensors_check verification.tokens_check verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
-    verification.streams verification.summary opening written scoring verification.proof
+    verification.streams verification.summary gguf_model opening written scoring verification.proof
     export.right_base export.calibration export.beside export.place export.proven
     export.delivery export healing
     demo.docstrings demo.job
