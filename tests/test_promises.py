@@ -57,7 +57,8 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    gguf.types gguf.rounding gguf.mixes gguf.file gguf.architectures gguf.vocabulary
+    gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
+    gguf.rounding gguf.file gguf.mixes gguf.architectures gguf.vocabulary
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats

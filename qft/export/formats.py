@@ -15,9 +15,24 @@ from qft.merging.tensors import MergedTensors, TensorSource
 from qft.shard_writer import MAX_SHARD_BYTES
 from qft.shards import tensor_bytes
 
+# Bits of the GGUF mixes: of a model of Llama 3.1 8B's shape.
 FORMATS = {
     "gguf:f16": "llama.cpp and Ollama, 16 bits",
-    "gguf:q8_0": "llama.cpp and Ollama, 8 bits",
+    "gguf:q8_0": "llama.cpp and Ollama, 8.5 bits a weight",
+    "gguf:q6_k": "llama.cpp and Ollama, 6.6 bits",
+    "gguf:q5_k_m": "llama.cpp and Ollama, 5.7 bits",
+    "gguf:q5_k_s": "llama.cpp and Ollama, 5.6 bits",
+    "gguf:q4_k_m": "llama.cpp and Ollama, 4.9 bits: the usual choice",
+    "gguf:q4_k_s": "llama.cpp and Ollama, 4.7 bits",
+    "gguf:q3_k_l": "llama.cpp and Ollama, 4.3 bits",
+    "gguf:q3_k_m": "llama.cpp and Ollama, 4.0 bits",
+    "gguf:q3_k_s": "llama.cpp and Ollama, 3.6 bits",
+    "gguf:q2_k": "llama.cpp and Ollama, 3.2 bits: a last resort",
+    "gguf:iq4_nl": "llama.cpp and Ollama, 4.7 bits in blocks of 32, for narrow rows",
+    "gguf:q4_0": "llama.cpp and Ollama, 4.6 bits; an older type, fast on ARM",
+    "gguf:q4_1": "llama.cpp and Ollama, 5.1 bits; an older type",
+    "gguf:q5_0": "llama.cpp and Ollama, 5.6 bits; an older type",
+    "gguf:q5_1": "llama.cpp and Ollama, 6.0 bits; an older type",
     "gguf:bf16": "llama.cpp and Ollama, 16 bits, the range of float32",
     "gguf:f32": "llama.cpp and Ollama, 32 bits",
     "bnb:nf4": "transformers, 4 bits",

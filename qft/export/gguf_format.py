@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from qft.errors import ModelError
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, write_file
-from qft.gguf.mixes import MIXES, choose_types
+from qft.gguf.mixes import MIXES, choose_types, fall_backs
 from qft.gguf.rounding import encode
-from qft.gguf.types import TYPES
 from qft.gguf.vocabulary import vocabulary_metadata
 from qft.merging.merge import Progress, write_config
 from qft.merging.side_files import copy_files
@@ -30,34 +29,34 @@ class GGUFPlan:
     Args:
         source: the model.
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
+        importance: a tensor of the checkpoint → how much an error in each of its columns weighs,
+            ``[width]``; tensors without one are rounded with all columns alike.
+
+    Attributes:
+        fall_backs: what is stored in another type than the mix says.
+        notes: the same, a sentence each.
 
     Raises:
         ModelError: the architecture, a setting or a tensor cannot be expressed.
     """
 
-    def __init__(self, source: RowSource, mix: str) -> None:
-        self.source, self.mix = source, mix
+    def __init__(
+        self, source: RowSource, mix: str, importance: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.source, self.mix, self.importance = source, mix, importance or {}
         self.architecture = architecture_of(source.config)
         mapped = self.architecture.tensors(source)
         self._mapped = {tensor.name: tensor for tensor in mapped}
         facts = [(tensor.name, tensor.shape) for tensor in mapped]
-        self._choices = choose_types(mix, self.architecture.name, facts)
+        settings = self.architecture.metadata(source.config)
+        self._choices = choose_types(mix, self.architecture.name, facts, settings,
+                                     importance=bool(self.importance))  # fmt: skip
         self.tensors = [
             StoredAs(tensor.name, tensor.shape, self._choices[tensor.name].kind)
             for tensor in mapped
         ]
-        self.notes = self._fallen_back()
-
-    def _fallen_back(self) -> list[str]:
-        fell = [name for name, choice in self._choices.items() if choice.kind != choice.wanted]
-        if not fell:
-            return []
-        first = self._choices[fell[0]]
-        return [
-            f"{len(fell)} tensor(s) stay in {first.kind}, because {first.wanted} needs rows in "
-            f"multiples of {TYPES[first.wanted].block}: {', '.join(fell[:3])}"
-            f"{' …' * (len(fell) > 3)}"
-        ]
+        self.fall_backs = fall_backs(self._choices, facts)
+        self.notes = [fall_back.text() for fall_back in self.fall_backs]
 
     @property
     def tensor_bytes(self) -> int:
@@ -88,12 +87,13 @@ class GGUFPlan:
         Raises:
             ModelError: a weight is not finite, or too large for its type.
         """
-        kind = self._choices[name].kind
-        for block in self._mapped[name].blocks():
+        kind, mapped = self._choices[name].kind, self._mapped[name]
+        importance = self.importance.get(mapped.source or "")
+        for block in mapped.blocks():
             try:
-                yield encode(block if block.dim() > 1 else block[None], kind)
+                yield encode(block if block.dim() > 1 else block[None], kind, importance)
             except ModelError as error:
-                raise ModelError(error.what, where=self._mapped[name].source or name,
+                raise ModelError(error.what, where=mapped.source or name,
                                  found=error.found, fix=error.fix) from None  # fmt: skip
 
 
