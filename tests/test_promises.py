@@ -78,7 +78,7 @@ _PLACES = """
     verification.llama_tokens verification.cut_check verification.gguf_numbers
     verification.gguf_tokens verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
-    verification.streams verification.summary opening written scoring verification.proof
+    verification.streams verification.summary gguf_model opening written scoring verification.proof
     export.format_table export.right_base export.calibration export.beside export.place
     export.proven export.delivery export healing
     demo.docstrings demo.job
