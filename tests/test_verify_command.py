@@ -25,6 +25,7 @@ from qft.layer_weights import LayerWeights
 from qft.lean.model_parts import layer_stacks
 from qft.merging.merge import open_source, write_model
 from qft.strategy import Context
+from qft.verification.adapter_file import APART
 from qft.verification.stops import check_generation, taught_ids
 from qft.verification.subject import locate, of_adapter
 from qft.verification.tally import first_diverging
