@@ -33,7 +33,7 @@ def qft(job: Job) -> Step:
 
     import adapters.from_elsewhere
     import adapters.lora
-    import qft.export.gguf_format
+    import qft.export.gguf_format  # noqa: F401
     from qft.export.delivery import export
 
     assert gguf
