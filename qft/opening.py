@@ -44,7 +44,8 @@ def open_any(
     """Opens ``source`` with the right tokenizer.
 
     Args:
-        source: folder of a run, checkpoint, adapter, model or GGUF export; a .gguf file; a hub id.
+        source: folder of a run, checkpoint, adapter, model, GGUF or ONNX export; a .gguf or .onnx
+            file; a hub id.
         base: for an adapter, where its base is.
         task: overrides what the model says of itself.
         spec_changes: ``quantize``, ``dtype``, ``device`` of :class:`qft.models.ModelSpec`.
@@ -59,7 +60,12 @@ def open_any(
     spec = subject.spec
     if subject.gguf is not None:
         tokenizer = models.open_tokenizer(subject.folder)
-        return Opened(read_back(subject.gguf), tokenizer, spec.task, None, None)
+        return Opened(read_back(subject.gguf), tokenizer, spec.task, spec.labels, None,
+                      spec.labels_are)  # fmt: skip
+    if subject.onnx is not None:
+        model = read_back(subject.onnx, task=spec.task)
+        tokenizer = models.open_tokenizer(subject.folder)
+        return Opened(model, tokenizer, spec.task, spec.labels, None, spec.labels_are)
     # the classes are those of its own config
     plain = models.ModelSpec(source=source, task=spec.task, trust=trust, **spec_changes)
     model = models.open_model(subject.folder, plain)

@@ -15,7 +15,7 @@ _GPT2 = {
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 _BERT = {
-    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "vocab_size": 408, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
     "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0,
 }  # fmt: skip
 _OWN: dict[str, dict[str, Any]] = {
@@ -39,18 +39,28 @@ _CLASSES = {
 }
 
 
-def make_family(family: str, folder: Path, **changes: Any) -> Path:
-    """Saves a model whose every tensor matters, with a byte-level tokenizer.
+def family_config(family: str, **changes: Any) -> tuple[Any, str]:
+    """A small config, and the name of its model's class.
 
     Args:
         family: as transformers spells it before ``Config``.
         changes: to its config.
     """
-    import torch
     import transformers
+
     config_name, model_name = _CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     shape = _GPT2 if family == "GPT2" else _BERT if family.startswith("Bert") else _SHAPE
-    config = getattr(transformers, config_name)(**{**shape, **_OWN.get(family, {}), **changes})
+    values = {**shape, **_OWN.get(family, {}), **changes}
+    return getattr(transformers, config_name)(**values), model_name
+
+
+def make_family(family: str, folder: Path, **changes: Any) -> Path:
+    """Saves a model whose every tensor matters, with a tokenizer of its kind."""
+    import torch
+    import transformers
+    from small_vocabularies import wordpiece
+
+    config, model_name = family_config(family, **changes)
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(config)
     centre = 0.0 if family.startswith("Gemma") else 1.0  # of a norm's weight
@@ -62,7 +72,10 @@ def make_family(family: str, folder: Path, **changes: Any) -> Path:
         else:
             torch.nn.init.normal_(parameter, 0.0, 0.15)  # so that predictions are not uniform
     model.save_pretrained(folder)
-    save_tokenizer(folder)
+    if family.startswith("Bert"):
+        wordpiece().save_pretrained(folder)
+    else:
+        save_tokenizer(folder)
     return folder
 
 

@@ -88,9 +88,11 @@ def sentencepiece(
 
     Args:
         kind: ``llama`` (a blank before every text), ``metaspace`` (before the first), ``gemma``
-            (none).
+            (none), ``phi3`` (``llama``, and its special tokens swallow the blanks after them).
     """
     specials = ["<unk>", "<s>", "</s>"]
+    if kind == "phi3":
+        specials += ["<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"]
     if kind == "gemma":
         specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     trained = Tokenizer(BPE())
@@ -119,7 +121,10 @@ def sentencepiece(
     if kind != "gemma":
         steps.append(decoders.Strip(" ", 1, 0))
     inner.decoder = decoders.Sequence(steps)
-    inner.add_special_tokens([AddedToken(s, normalized=False, special=True) for s in specials])
+    greedy = set(specials) - {"<unk>", "<s>", "<|endoftext|>"} if kind == "phi3" else set()
+    inner.add_special_tokens([
+        AddedToken(s, normalized=False, special=True, rstrip=s in greedy) for s in specials
+    ])  # fmt: skip
     inner.add_tokens([AddedToken(text, normalized=False) for text in plain_added])
     bos = "<bos>" if kind == "gemma" else "<s>"
     inner.post_processor = processors.TemplateProcessing(

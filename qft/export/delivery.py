@@ -42,7 +42,7 @@ from qft.merging.together import combine_folders, listed, located
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.verification.adapter_file import APART, require_adapter
 from qft.verification.proof import rows_of
-from qft.verification.stops import complete_stops
+from qft.verification.stops import complete_stops, needed_stops
 from qft.verification.subject import Subject, locate, of_adapter
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
@@ -290,8 +290,9 @@ def _write(
             size = write_beside(found, target, overwrite=overwrite, progress=bar.advance)
         return ExportReport(format, target, size, delta_rounding=DeltaRounding(0.0, 1.0))
     if found is not None and choice is not None:
-        # rounded once, to the format's own numbers; bitsandbytes keeps the base's dtype beside them
-        tensors = _open(found, None if format.startswith("bnb:") else torch.float32, choice)
+        # rounded once, to the format's own numbers; these keep the base's dtype beside them
+        keeps = format.startswith(("bnb:", "compressed-tensors:"))
+        tensors = _open(found, None if keeps else torch.float32, choice)
     elif found is not None:
         tensors = _open(found, None, None)
     else:
@@ -299,7 +300,8 @@ def _write(
         tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
     with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
         written = write_format(tensors, format, target, calibration=calibration,
-                               overwrite=overwrite, progress=bar.advance)  # fmt: skip
+                               overwrite=overwrite, progress=bar.advance,
+                               stops=needed_stops(reference))  # fmt: skip
     tensors.close()
     return written
 

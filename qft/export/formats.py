@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,13 +41,22 @@ FORMATS = {
     "gguf-lora:f32": "the same, 32 bits",
     "bnb:nf4": "transformers, 4 bits",
     "bnb:int8": "transformers, 8 bits",
+    "compressed-tensors:w4a16": "vLLM and transformers, weights of 4 bits",
+    "compressed-tensors:w8a16": "vLLM and transformers, weights of 8 bits",
+    "compressed-tensors:w8a8": "vLLM and transformers, weights and inputs of 8 bits",
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
+    "onnx:fp32": "onnxruntime, encoders only, 32 bits",
+    "onnx:int8": "onnxruntime, encoders only, 8 bits",
 }
 
-# Families whose rounding can be fitted to rows → whether it is, unless the user says otherwise.
-FITTED: dict[str, bool] = {}
+# Families, or formats where one differs from its family, whose rounding can be fitted to rows →
+# whether it is, unless the user says otherwise.
+FITTED: dict[str, bool] = {
+    "compressed-tensors": False,  # 8 bits lose next to nothing as it is
+    "compressed-tensors:w4a16": True,
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,7 @@ def write_format(
     calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    stops: Sequence[int] = (),
 ) -> ExportReport:
     """Writes ``source`` in one of FORMATS into the folder ``out``, tensor by tensor.
 
@@ -90,6 +101,8 @@ def write_format(
         calibration: rows to fit the rounding to, for a format that :func:`fits_to_rows`.
         overwrite: replace what ``out`` holds, once the new one is complete.
         progress: called with the source's bytes done; they add up to the source's own total.
+        stops: tokens that must end a generation, beside those the source's own files name; a GGUF
+            file holds them all.
 
     Raises:
         RecipeError: there is no such format.
@@ -122,11 +135,28 @@ def write_format(
                       _scaled(progress, quantized.bytes, total))  # fmt: skip
         return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
                             quantized.delta_rounding())  # fmt: skip
+    if family == "onnx":
+        from qft.export.onnx_format import OnnxPlan, write_onnx
+
+        traced = OnnxPlan(source, kind)
+        require_disk(out, traced.bytes + files_bytes(source.files))
+        with new_folder(out, overwrite=overwrite) as folder:
+            written = write_onnx(traced, folder, progress)
+        return ExportReport(format, out, written, tuple(traced.notes))
+    if family == "compressed-tensors":
+        from qft.export.compressed_format import CompressedPlan, write_compressed
+
+        compressed = CompressedPlan(source, kind, calibration)
+        work = compressed.bytes + compressed.fitted_bytes
+        write_compressed(compressed, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+                         progress=_scaled(progress, work, total))  # fmt: skip
+        return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
+                            compressed.delta_rounding())  # fmt: skip
     if family == "gguf-lora":
         return _write_adapter(source, format, out, overwrite, progress)
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
-    plan = GGUFPlan(source, kind)
+    plan = GGUFPlan(source, kind, stops=stops)
     require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
@@ -167,6 +197,11 @@ def _scaled(progress: Progress | None, written: int, total: int) -> Progress | N
 def fits_to_rows(format: str) -> bool:
     """Whether the rounding of a format can be fitted to rows."""
     return format.split(":")[0] in FITTED
+
+
+def fitted_unasked(format: str) -> bool:
+    """Whether it is fitted where the user does not say, and rows are at hand."""
+    return FITTED.get(format, FITTED.get(format.split(":")[0], False))
 
 
 def require_known(format: str) -> None:

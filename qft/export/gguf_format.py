@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.files import explain_write_errors
+from qft.files import explain_write_errors, read_json
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES, choose_types, fall_backs
+from qft.gguf.modelfile import modelfile
 from qft.gguf.rounding import encode
 from qft.gguf.types import stored_bytes
 from qft.gguf.vocabulary import vocabulary_metadata
@@ -35,18 +37,24 @@ class GGUFPlan:
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
         importance: a tensor of the checkpoint → how much an error in each of its columns weighs,
             ``[width]``; tensors without one are rounded with all columns alike.
+        stops: tokens that must end a generation, beside those the source's own files name.
 
     Attributes:
         fall_backs: what is stored in another type than the mix says.
         notes: the same, and what else a user should know, a sentence each.
         header: all of the file before its tensors: settings, tokenizer, names.
+        modelfile: what Ollama is told of the file.
 
     Raises:
         ModelError: the architecture, a setting, a tensor or the tokenizer cannot be expressed.
     """
 
     def __init__(
-        self, source: RowSource, mix: str, importance: Mapping[str, Tensor] | None = None
+        self,
+        source: RowSource,
+        mix: str,
+        importance: Mapping[str, Tensor] | None = None,
+        stops: Sequence[int] = (),
     ) -> None:
         self.source, self.mix, self.importance = source, mix, importance or {}
         self.architecture = architecture_of(source.config)
@@ -63,7 +71,7 @@ class GGUFPlan:
         self.fall_backs = fall_backs(self._choices, facts)
         fell = [fall_back.text() for fall_back in self.fall_backs]
         self.notes = [*self.architecture.notes(source.config), *fell]
-        self.header = header(self.metadata() | self._vocabulary(), self.tensors)
+        self.header = header(self.metadata() | self._vocabulary(stops), self.tensors)
 
     @property
     def tensor_bytes(self) -> int:
@@ -87,8 +95,16 @@ class GGUFPlan:
         return identity(self.source, format=f"gguf:{self.mix}", header=described,
                         importance=weighed.hexdigest())  # fmt: skip
 
-    def _vocabulary(self) -> dict[str, Value]:
-        """The tokenizer, opened from a folder of its own: its files may lie in several."""
+    @property
+    def file_name(self) -> str:
+        """Of the file in its folder."""
+        return f"model-{self.mix}.gguf"
+
+    def _vocabulary(self, stops: Sequence[int]) -> dict[str, Value]:
+        """The tokenizer, opened from a folder of its own: its files may lie in several.
+
+        What Ollama is told of it is kept as well.
+        """
         if not self.source.files:
             raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
                              fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
@@ -98,7 +114,16 @@ class GGUFPlan:
             write_config(self.source, folder)
             for file, path in self.source.files.items():
                 (folder / file).symlink_to(path.resolve())
-            return vocabulary_metadata(open_tokenizer(folder), self.source.config)
+            config = self.source.config
+            ends = [*_named_stops(folder, config), *stops]
+            tokenizer = open_tokenizer(folder)
+            found = vocabulary_metadata(tokenizer, config, ends, self.notes)
+            every: Any = found.get("tokenizer.ggml.eos_token_ids", ())
+            self.modelfile = modelfile(
+                f"./{self.file_name}", tokenizer, _generation(folder), stops=every,
+                context=config.get("max_position_embeddings"), notes=self.notes,
+            )  # fmt: skip
+            return found
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
@@ -148,14 +173,27 @@ def stored_blocks(
 
 
 def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -> Path:
-    """Writes the file, and the tokenizer and config beside it; returns the file's path.
+    """Writes the file, the tokenizer and config beside it; returns the file's path.
 
     In a folder that was begun with the same plan it goes on, to the same bytes.
     """
     journal = WriteJournal(folder, plan.identity)
     write_config(plan.source, folder)
     copy_files(plan.source.files, folder)
-    path = folder / f"model-{plan.mix}.gguf"
+    path = folder / plan.file_name
+    (folder / "Modelfile").write_text(plan.modelfile, encoding="utf-8")
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path
+
+
+def _named_stops(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """What generation_config.json, or else config.json, names as the end of a generation."""
+    named = (_generation(folder) or config).get("eos_token_id")
+    ends = named if isinstance(named, list) else [named]
+    return [token for token in ends if type(token) is int]
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}

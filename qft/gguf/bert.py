@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from qft.gguf.contract import Architecture, Config, unlike
+from qft.gguf.contract import Architecture, Config, unlike, whole_config
 from qft.gguf.file import Value
 from qft.pooling import CONFIG_KEY
 
-_MEAN, _RANK = 1, 4  # llama.cpp's numbers for what becomes of a text's hidden states
+_POOLING = {"mean": 1, "cls": 2, "last": 3}
+_RANK = 4  # llama.cpp's numbers for what becomes of a text's hidden states
 _UNUSED = ("pooler.", "cls.predictions.", "cls.seq_relationship.")
 _POOLER = {
     "pooler.dense.weight": "cls.weight",
@@ -22,7 +23,10 @@ class Bert(Architecture):
     """The encoder; what a language model's head or a pooler adds is left out."""
 
     name = "bert"
-    pooling = _MEAN
+
+    def pooling(self, config: Config) -> int:
+        """What becomes of a text's hidden states; the mean where nothing says otherwise."""
+        return _POOLING.get(_pooled_by(config), _POOLING["mean"])
 
     def settings(self, config: Config) -> dict[str, Value]:
         """See :class:`Architecture`."""
@@ -34,7 +38,7 @@ class Bert(Architecture):
             "attention.head_count": int(config["num_attention_heads"]),
             "attention.layer_norm_epsilon": float(config["layer_norm_eps"]),
             "attention.causal": False,
-            "pooling_type": self.pooling,
+            "pooling_type": self.pooling(config),
             "vocab_size": int(config["vocab_size"]),
         }
 
@@ -48,10 +52,16 @@ class Bert(Architecture):
 
     def remarks(self, config: Config) -> list[str]:
         """See :class:`Architecture`."""
+        kinds = {number: name for name, number in _POOLING.items()}
         return [
-            "the file is an encoder for embeddings, the mean over a text's tokens; a language "
-            "model's head and the pooler are left out"
+            f"the file is an encoder for embeddings (pooling: {kinds[self.pooling(config)]}); a "
+            "language model's head and the pooler are left out"
         ]
+
+    def metadata(self, config: Config) -> dict[str, Value]:
+        """See :class:`Architecture`; llama.cpp opens no encoder that does not count its types."""
+        types = int(whole_config(config)["type_vocab_size"])
+        return {**super().metadata(config), "tokenizer.ggml.token_type_count": types}
 
     def written(self, module: str, config: Config) -> str | None:
         """See :class:`Architecture`."""
@@ -68,7 +78,9 @@ class BertClassifier(Bert):
     is the classifier alone.
     """
 
-    pooling = _RANK
+    def pooling(self, config: Config) -> int:
+        """See :class:`Bert`."""
+        return _RANK
 
     def settings(self, config: Config) -> dict[str, Value]:
         """See :class:`Architecture`."""
@@ -76,7 +88,7 @@ class BertClassifier(Bert):
         values = super().settings(config)
         values["classifier.output_labels"] = [str(names[key]) for key in sorted(names, key=int)]
         if _pooled_by(config) == "mean":
-            values["classifier.pooling_type"] = _MEAN
+            values["classifier.pooling_type"] = _POOLING["mean"]
         return values
 
     def problems(self, config: Config) -> list[str]:

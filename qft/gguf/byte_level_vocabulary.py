@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from qft.gguf.pre_tokenizers import PreTokenizer, candidates
-from qft.gguf.token_table import Vocabulary, refuse, stripping_notes, token_table
+from qft.gguf.token_table import Vocabulary, refuse, token_table
 
 NO_MERGE = "▁ ▁"  # of two signs that no byte is written as: llama.cpp wants one merge at least
 
@@ -42,7 +42,7 @@ def byte_level(values: Mapping[str, Any], size: int) -> Vocabulary:
         notes.append(f"llama.cpp cuts {chosen.apart} otherwise than the tokenizer.")
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     return Vocabulary("gpt2", chosen.name, tokens, types, merges=merges or [NO_MERGE],
-                      notes=[*notes, *stripping_notes(values)])  # fmt: skip
+                      notes=notes)  # fmt: skip
 
 
 def _chosen(found: list[PreTokenizer], values: Mapping[str, Any]) -> PreTokenizer:
@@ -51,7 +51,7 @@ def _chosen(found: list[PreTokenizer], values: Mapping[str, Any]) -> PreTokenize
     for known in found:
         if known.whole_words == wanted:
             return known
-    apart = _first_word_merged_otherwise(values)
+    apart = first_word_merged_otherwise(values)
     if apart is None:
         return found[0]
     how = "bypass" if wanted else "go through"
@@ -59,7 +59,7 @@ def _chosen(found: list[PreTokenizer], values: Mapping[str, Any]) -> PreTokenize
                  "cuts text", f"ignore_merges: {wanted}, first {apart!r}")  # fmt: skip
 
 
-def _first_word_merged_otherwise(values: Mapping[str, Any]) -> str | None:
+def first_word_merged_otherwise(values: Mapping[str, Any]) -> str | None:
     """A token that its own merges do not give again; None where all do."""
     from tokenizers import Tokenizer
 

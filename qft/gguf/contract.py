@@ -140,7 +140,7 @@ def whole_config(config: Config) -> dict[str, Any]:
                          found=f"model_type: {kind}")  # fmt: skip
     try:
         described: Any = CONFIG_MAPPING[kind].from_dict(dict(config))
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # its validators raise many kinds
         raise ModelError("transformers does not understand the model's settings.",
                          where="config.json", found=first_line(error)) from error  # fmt: skip
     return dict(described.to_dict())

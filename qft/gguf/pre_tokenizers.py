@@ -1,8 +1,8 @@
 r"""How byte-level text is cut before any merge: tokenizer.json's steps → llama.cpp's name for them.
 
 llama.cpp knows a fixed list of regular expressions by name. A tokenizer is recognised by the
-expressions it cuts with, in their order, never by the name of a model. ``tests/test_gguf_tokens.py``
-runs every row of the table in llama.cpp beside the tokenizer it is for.
+expressions it cuts with, in their order, never by the name of a model. A test runs
+every row of the table in llama.cpp beside the tokenizer it is for.
 """
 
 from __future__ import annotations

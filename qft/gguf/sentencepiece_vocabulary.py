@@ -12,8 +12,9 @@ from typing import Any
 
 import gguf
 
-from qft.gguf.token_table import SPACE, Vocabulary, refuse, stripping_notes, token_table
+from qft.gguf.token_table import SPACE, Vocabulary, refuse, token_table
 
+_ADDED = int(gguf.TokenType.USER_DEFINED)
 _LEADING = (
     "llama.cpp puts a blank before every text, also before one that begins with a blank or that "
     "follows a special token; the tokenizer puts it at the very start alone."
@@ -48,7 +49,7 @@ def sentencepiece(values: Mapping[str, Any], size: int) -> Vocabulary:
     last = float(len(pairs))  # single characters are never merged into; any score does
     found = Vocabulary("llama", "default", tokens, types, [-float(ranks.get(t, last))
                        for t in tokens], settings={"add_space_prefix": prefix},
-                       notes=[*notes, *stripping_notes(values)])  # fmt: skip
+                       notes=notes)  # fmt: skip
     _set_types(found, model, ranks)
     return found
 
@@ -59,16 +60,13 @@ def _set_types(found: Vocabulary, model: Mapping[str, Any], ranks: Mapping[str, 
             found.retype(gguf.TokenType.UNKNOWN, number)
         elif len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             found.retype(gguf.TokenType.BYTE, number)
-        elif found.types[number] == gguf.TokenType.USER_DEFINED and SPACE in token:
+        elif SPACE in token and token in ranks and found.types[number] == _ADDED:
             # Gemma's runs of blanks: the merges give them anyway, and as an added token llama.cpp
             # would print the sign instead of the blanks
-            if token in ranks:
-                found.retype(gguf.TokenType.NORMAL, number)
+            found.retype(gguf.TokenType.NORMAL, number)
 
 
-def _require_closed(
-    vocab: Mapping[str, int], pairs: set[tuple[str, ...]], added: set[str]
-) -> None:
+def _require_closed(vocab: Mapping[str, int], pairs: set[tuple[str, ...]], added: set[str]) -> None:
     """llama.cpp merges any two tokens whose union is one; the merge list must allow the same."""
     for token in vocab:
         if token in added or (token.startswith("<") and token.endswith(">")):

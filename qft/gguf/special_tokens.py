@@ -60,9 +60,7 @@ def _declared(kind: str, tokenizer: Any, config: Mapping[str, Any], size: int) -
     return number if type(number) is int and 0 <= number < size else None
 
 
-def _around(
-    tokenizer: Any, vocabulary: Vocabulary, ids: dict[str, int | None]
-) -> dict[str, Value]:
+def _around(tokenizer: Any, vocabulary: Vocabulary, ids: dict[str, int | None]) -> dict[str, Value]:
     """What is put before and after a text, as the tokenizer really does it; completes ``ids``."""
     before, after = added_around(tokenizer)
     found = f"{before} before a text, {after} after it"
@@ -107,7 +105,9 @@ def _ends(
         return {}
     turns = _turn_ends(tokenizer)
     wanted = [ids["eos"], *turns, *stops]
-    every = list(dict.fromkeys(n for n in wanted if n is not None and 0 <= n < len(vocabulary.tokens)))
+    every = list(
+        dict.fromkeys(n for n in wanted if n is not None and 0 <= n < len(vocabulary.tokens))
+    )
     if not every:  # without the key, llama.cpp would take a fixed id of some word's for it
         return {"eos_token_id": _never_written(vocabulary, ids)}
     eos, rest = every[0], every[1:]

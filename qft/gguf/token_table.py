@@ -26,6 +26,7 @@ class Vocabulary:
         merges: ``left right``, the first merged first; empty but for ``gpt2``.
         settings: what else ``tokenizer.ggml`` says, by key.
         notes: where llama.cpp does otherwise than the tokenizer, a sentence each.
+        name: what ``general.name`` must be for llama.cpp to do as the tokenizer; mostly empty.
     """
 
     model: str
@@ -36,6 +37,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    name: str = ""
 
     def retype(self, kind: gguf.TokenType, number: int) -> None:
         """Gives one id another type."""
@@ -105,16 +107,33 @@ def _filler(number: int, taken: set[str]) -> str:
     return name
 
 
-def stripping_notes(values: Mapping[str, Any]) -> list[str]:
-    """Added tokens that swallow blanks beside them: a GGUF file cannot say so."""
+_NOT_GREEDY = frozenset(("<unk>", "<s>", "<|endoftext|>"))
+_GREEDY_NAME = "phi-3"
+
+
+def set_stripping(vocabulary: Vocabulary, values: Mapping[str, Any]) -> None:
+    """Added tokens that swallow blanks beside them: a GGUF file cannot say so of one.
+
+    llama.cpp lets every special token but three swallow the blanks after it in a model of one
+    name, which a file that behaves so is given; for others there is a note.
+    """
+    added = {entry["content"]: entry for entry in values.get("added_tokens", [])}
     greedy = [
-        entry["content"]
-        for entry in values.get("added_tokens", [])
+        text
+        for text, entry in added.items()
         if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word")
     ]
     if not greedy:
-        return []
-    return [
+        return
+    to_the_right = all(
+        (bool(entry.get("rstrip")), bool(entry.get("lstrip")), bool(entry.get("single_word")))
+        == (text not in _NOT_GREEDY, False, False)
+        for text, entry in added.items()
+    )
+    if to_the_right and {*_NOT_GREEDY, "</s>"} <= added.keys():
+        vocabulary.name = _GREEDY_NAME
+        return
+    vocabulary.notes.append(
         f"{len(greedy)} token(s) such as {greedy[0]!r} swallow the blanks beside them in the "
         "tokenizer; llama.cpp keeps those blanks."
-    ]
+    )

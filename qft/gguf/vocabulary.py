@@ -16,7 +16,7 @@ from qft.gguf.byte_level_vocabulary import byte_level
 from qft.gguf.file import Value
 from qft.gguf.sentencepiece_vocabulary import sentencepiece
 from qft.gguf.special_tokens import special_tokens
-from qft.gguf.token_table import Vocabulary, refuse
+from qft.gguf.token_table import Vocabulary, refuse, set_stripping
 from qft.gguf.wordpiece_vocabulary import wordpiece
 
 _DEFAULT = "default"  # the template a tokenizer with several uses
@@ -36,6 +36,12 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if backend is None:
         raise refuse("it has no fast tokenizer", type(tokenizer).__name__)
     values = json.loads(backend.to_str())
+    found = _translated(values, size)
+    set_stripping(found, values)
+    return found
+
+
+def _translated(values: Mapping[str, Any], size: int) -> Vocabulary:
     kind = values["model"].get("type")
     if kind == "WordPiece":
         return wordpiece(values, size)
@@ -81,6 +87,8 @@ def vocabulary_metadata(
     if notes is not None:
         notes += vocabulary.notes
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+    if vocabulary.name:
+        metadata["general.name"] = vocabulary.name
     return metadata | _templates(tokenizer)
 
 

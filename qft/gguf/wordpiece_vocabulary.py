@@ -11,14 +11,7 @@ from typing import Any
 
 import gguf
 
-from qft.gguf.token_table import (
-    SPACE,
-    Vocabulary,
-    refuse,
-    require_distinct,
-    stripping_notes,
-    token_table,
-)
+from qft.gguf.token_table import SPACE, Vocabulary, refuse, require_distinct, token_table
 
 _CONTINUES = "##"
 _ACCENTS = (
@@ -60,7 +53,7 @@ def wordpiece(values: Mapping[str, Any], size: int) -> Vocabulary:
     found = Vocabulary("bert", "default", tokens, types, settings={
         "normalizer.lowercase": lowercase,
         "normalizer.strip_accents": stripped,
-    }, notes=[*([_ACCENTS] if stripped else []), *stripping_notes(values)])  # fmt: skip
+    }, notes=[_ACCENTS] if stripped else [])  # fmt: skip
     if model.get("unk_token") in plain:
         found.retype(gguf.TokenType.UNKNOWN, plain.index(model["unk_token"]))
     return found

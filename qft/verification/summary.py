@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qft.data.conversations import CONVERSATIONS
 from qft.verification.tally import allowed_at
-from qft.verification.tokens_check import CONVERSATIONS
 from qft.verification.verify import Verification
 
 
