@@ -92,7 +92,7 @@ class GGUFPlan:
         weighed = hashlib.sha256()
         for name, weights in sorted(self.importance.items()):
             weighed.update(name.encode("utf-8"))
-            weighed.update(weights.float().contiguous().numpy())
+            weighed.update(weights.float().contiguous().numpy().tobytes())
         return identity(self.source, format=f"gguf:{self.mix}", header=described,
                         importance=weighed.hexdigest())  # fmt: skip
 
