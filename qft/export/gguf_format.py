@@ -23,11 +23,12 @@ from qft.gguf.vocabulary import vocabulary_metadata
 from qft.merging.merge import Progress, identity, write_config
 from qft.merging.side_files import copy_files, files_bytes
 from qft.merging.tensors import RowSource
-from qft.models import open_tokenizer
+from qft.models import TASK_KEY, open_tokenizer
 from qft.write_journal import WriteJournal
 
-_SLACK_BYTES = 2**18  # config.json, the journal
+GGUF_TASK_KEY = "qft.task"  # what the model was trained for; other readers pass over it
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
+_SLACK_BYTES = 2**18  # config.json, the journal
 
 
 class GGUFPlan:
@@ -94,7 +95,7 @@ class GGUFPlan:
         weighed = hashlib.sha256()
         for name, weights in sorted(self.importance.items()):
             weighed.update(name.encode("utf-8"))
-            weighed.update(weights.float().contiguous().numpy())
+            weighed.update(weights.float().contiguous().numpy().tobytes())
         return identity(self.source, format=f"gguf:{self.mix}", header=described,
                         importance=weighed.hexdigest())  # fmt: skip
 
@@ -105,11 +106,13 @@ class GGUFPlan:
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
+        task = self.source.config.get(TASK_KEY)
         return {
             "general.architecture": self.architecture.name,
             "general.type": "model",
             "general.file_type": MIXES[self.mix],
             "general.quantization_version": QUANTIZATION_VERSION,
+            **({GGUF_TASK_KEY: str(task)} if task else {}),
             **self.architecture.metadata(self.source.config),
         }
 
