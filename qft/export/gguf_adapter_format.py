@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.export.gguf_format import QUANTIZATION_VERSION, stored_blocks
+from qft.export.gguf_format import QUANTIZATION_VERSION, file_name, stored_blocks, words_of
 from qft.gguf.architectures import architecture_of
 from qft.gguf.contract import Mapped
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
@@ -31,6 +31,11 @@ from qft.write_journal import WriteJournal
 
 FAMILY = "gguf-lora"
 _SLACK_BYTES = 2**16
+_BASE = "q8_0"  # the base's file that the Modelfile names
+_HOW_TO = (
+    "# Put the base's own file beside this one (qft export BASE --format gguf:q8_0), or name "
+    "another in the next line.\n"
+)
 _MULTIPLIED = (  # the matrices llama.cpp adds an update to
     ".attn_q.weight", ".attn_k.weight", ".attn_v.weight", ".attn_qkv.weight",
     ".attn_output.weight", ".ffn_gate.weight", ".ffn_up.weight", ".ffn_down.weight",
@@ -90,13 +95,17 @@ class AdapterPlan:
     Args:
         source: base and adapter.
         kind: ``f32``, ``f16`` or ``q8_0``; rows that do not fill its blocks stay in f16.
+        stops: tokens that must end a generation, beside those the source's own files name.
+
+    Attributes:
+        modelfile: what Ollama is told, where the base's file is put beside the adapter's.
 
     Raises:
         AdapterError: the adapter is more than low-rank updates.
         ModelError: llama.cpp has no place for one of them.
     """
 
-    def __init__(self, source: MergedTensors, kind: str) -> None:
+    def __init__(self, source: MergedTensors, kind: str, stops: Sequence[int] = ()) -> None:
         self.source, self.kind = source, kind
         self.architecture = architecture_of(source.config)
         updates = source.factors()
@@ -109,6 +118,7 @@ class AdapterPlan:
         self.alpha = scales.most_common(1)[0][0]
         self.tensors = [stored for tensor in mapped for stored in self._pair(tensor)]
         self.notes = self._fallen_back()
+        self.modelfile = self._modelfile(stops)
         self.header = header(self.metadata(), self.tensors)
 
     def _require_places(self, mapped: Sequence[Mapped], updates: Mapping[str, LowRank]) -> None:
@@ -147,6 +157,21 @@ class AdapterPlan:
         fell = [tensor.name for tensor in self.tensors if tensor.kind != self.kind]
         return [f"{len(fell)} of {len(self.tensors)} factors stay in f16: {self.kind} needs rows "
                 "in multiples of 32"] if fell else []  # fmt: skip
+
+    def _modelfile(self, stops: Sequence[int]) -> str | None:
+        """None where the base's tokenizer fits no GGUF file: then neither does the base."""
+        said: list[str] = []
+        try:
+            return words_of(self.source, f"./{file_name(_BASE)}", stops, said,
+                            adapter=f"./{self.file_name}").modelfile  # fmt: skip
+        except ModelError as error:
+            self.notes.append(f"No Modelfile is written: {error.what}")
+            return None
+
+    @property
+    def file_name(self) -> str:
+        """Of the file in its folder."""
+        return f"adapter-{self.kind}.gguf"
 
     @property
     def bytes(self) -> int:
@@ -194,7 +219,9 @@ class AdapterPlan:
 def write_adapter(plan: AdapterPlan, folder: Path, progress: Progress | None = None) -> Path:
     """Writes the file, or what is missing of it; returns its path."""
     journal = WriteJournal(folder, plan.identity)
-    path = folder / f"adapter-{plan.kind}.gguf"
+    path = folder / plan.file_name
+    if plan.modelfile is not None:
+        (folder / "Modelfile").write_text(_HOW_TO + plan.modelfile, encoding="utf-8")
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ class GGUFPlan:
         self.fall_backs = fall_backs(self._choices, facts)
         fell = [fall_back.text() for fall_back in self.fall_backs]
         self.notes = [*self.architecture.notes(source.config), *fell]
-        self.header = header(self.metadata() | self._vocabulary(stops), self.tensors)
+        words = words_of(source, f"./{self.file_name}", stops, self.notes)
+        self.modelfile = words.modelfile
+        self.header = header(self.metadata() | words.vocabulary, self.tensors)
 
     @property
     def tensor_bytes(self) -> int:
@@ -99,32 +102,7 @@ class GGUFPlan:
     @property
     def file_name(self) -> str:
         """Of the file in its folder."""
-        return f"model-{self.mix}.gguf"
-
-    def _vocabulary(self, stops: Sequence[int]) -> dict[str, Value]:
-        """The tokenizer, opened from a folder of its own: its files may lie in several.
-
-        What Ollama is told of it is kept as well.
-        """
-        if not self.source.files:
-            raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
-                             fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
-        scratch = Path(tempfile.gettempdir())
-        with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
-            folder = Path(name)
-            write_config(self.source, folder)
-            for file, path in self.source.files.items():
-                (folder / file).symlink_to(path.resolve())
-            config = self.source.config
-            ends = [*_named_stops(folder, config), *stops]
-            tokenizer = open_tokenizer(folder)
-            found = vocabulary_metadata(tokenizer, config, ends, self.notes)
-            every: Any = found.get("tokenizer.ggml.eos_token_ids", ())
-            self.modelfile = modelfile(
-                f"./{self.file_name}", tokenizer, _generation(folder), stops=every,
-                context=config.get("max_position_embeddings"), notes=self.notes,
-            )  # fmt: skip
-            return found
+        return file_name(self.mix)
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
@@ -151,6 +129,63 @@ class GGUFPlan:
         kind, mapped = self._choices[name].kind, self._mapped[name]
         importance = self.importance.get(mapped.source or "")
         return stored_blocks(mapped.blocks(), kind, start, mapped.source or name, importance)
+
+
+def file_name(mix: str) -> str:
+    """Of a model's file in its folder."""
+    return f"model-{mix}.gguf"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a source's tokenizer becomes.
+
+    Attributes:
+        vocabulary: what a GGUF file says of it.
+        modelfile: what Ollama is told.
+    """
+
+    vocabulary: dict[str, Value]
+    modelfile: str
+
+
+def words_of(
+    source: RowSource,
+    from_: str,
+    stops: Sequence[int],
+    notes: list[str],
+    adapter: str | None = None,
+) -> Words:
+    """The tokenizer, opened from a folder of its own: its files may lie in several.
+
+    Args:
+        source: the model.
+        from_: the model's file as a Modelfile names it.
+        stops: tokens that must end a generation, beside those the source's own files name.
+        notes: gets what a user should know, a sentence each.
+        adapter: an adapter's file, likewise.
+
+    Raises:
+        ModelError: there is no tokenizer, or it cannot be expressed.
+    """
+    if not source.files:
+        raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
+                         fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
+    scratch = Path(tempfile.gettempdir())
+    with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        write_config(source, folder)
+        for file, path in source.files.items():
+            (folder / file).symlink_to(path.resolve())
+        config, tokenizer = source.config, open_tokenizer(folder)
+        ends = [*_named_stops(folder, config), *stops]
+        vocabulary = vocabulary_metadata(tokenizer, config, ends, notes)
+        every: Any = vocabulary.get("tokenizer.ggml.eos_token_ids", ())
+        text = modelfile(
+            from_, tokenizer, _generation(folder), stops=every, adapter=adapter,
+            context=config.get("max_position_embeddings"), notes=notes,
+        )  # fmt: skip
+    return Words(vocabulary, text)
 
 
 def stored_blocks(
