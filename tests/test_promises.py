@@ -57,7 +57,7 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    gguf.types gguf.rounding gguf.mixes gguf.file gguf.contract gguf.turned gguf.rotary
+    gguf.types gguf.rounding gguf.mixes gguf.file gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary

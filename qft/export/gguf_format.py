@@ -13,6 +13,7 @@ from qft.files import read_json
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, write_file
 from qft.gguf.mixes import MIXES, choose_types
+from qft.gguf.naming import naming
 from qft.gguf.rounding import encode
 from qft.gguf.types import TYPES
 from qft.gguf.vocabulary import vocabulary_metadata
@@ -76,6 +77,7 @@ class GGUFPlan:
         return {
             "general.architecture": self.architecture.name,
             "general.type": "model",
+            **naming(self.source.config, (tensor.shape for tensor in self.tensors)),
             "general.file_type": MIXES[self.mix],
             "general.quantization_version": _QUANTIZATION_VERSION,
             **self.architecture.metadata(self.source.config),
