@@ -385,7 +385,11 @@ FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {}, "Gemma2": {}, 
             "Phi3": PARTIAL, "GPT2": {}}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [family if family in ("Gemma2", "GPT2") else pytest.param(family, marks=pytest.mark.slow)
+     for family in FAMILIES],
+)  # fmt: skip
 def test_the_commands_run_on_every_family(tmp_path, write_rows, family):
     base = make_family(family, tmp_path / "base", **FAMILIES[family])
     data = str(write_rows([{"text": f"the cat in a hat {n}"} for n in range(4)]))
