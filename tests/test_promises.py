@@ -60,7 +60,7 @@ _PLACES = """
     pruning.tables
     readiness checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
-    gguf.rounding gguf.file gguf.mixes gguf.contract gguf.turned gguf.rotary
+    gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary

@@ -17,6 +17,7 @@ from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES, choose_types, fall_backs
 from qft.gguf.modelfile import modelfile
+from qft.gguf.naming import naming
 from qft.gguf.rounding import encode
 from qft.gguf.types import stored_bytes
 from qft.gguf.vocabulary import vocabulary_metadata
@@ -110,6 +111,7 @@ class GGUFPlan:
         return {
             "general.architecture": self.architecture.name,
             "general.type": "model",
+            **naming(self.source.config, (tensor.shape for tensor in self.tensors)),
             "general.file_type": MIXES[self.mix],
             "general.quantization_version": QUANTIZATION_VERSION,
             **({GGUF_TASK_KEY: str(task)} if task else {}),
