@@ -33,8 +33,8 @@ _PLACES = """
     four_bit quantization pooling model_dropout shards onnx_files write_journal shard_writer models
     adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
-    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.embed data.packing
-    data.augment data.splits data.tasks data.preflight inputs shard_store
+    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.embed
+    data.packing data.augment data.splits data.tasks data.preflight inputs shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
     task_loss distillation.lessons distillation.teachers distillation.matching
@@ -61,10 +61,11 @@ _PLACES = """
     export.safetensors_format export.gguf_format export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats
-    verification.thresholds verification.onnx_model verification.read_back verification.diagnosis verification.tally
-    verification.subject verification.tensors_check verification.tokens_check verification.stops
-    verification.answers verification.listening verification.verify verification.layerwise
-    verification.streams verification.summary opening written scoring verification.proof
+    verification.thresholds verification.onnx_model verification.read_back
+    verification.diagnosis verification.tally verification.subject verification.tensors_check
+    verification.tokens_check verification.stops verification.answers verification.listening
+    verification.verify verification.layerwise verification.streams verification.summary opening
+    written scoring verification.proof
     export.right_base export.beside export.place export.proven export.delivery export healing
     demo.docstrings demo.job
     cli
