@@ -53,7 +53,7 @@ CONFIGS: dict[str, Any] = {
 }
 LABELS = {"id2label": {0: "bad", 1: "good", 2: "so-so"}, "label2id": {"bad": 0, "good": 1,
                                                                       "so-so": 2}}  # fmt: skip
-FAST = [("Bert", "classify"), ("DistilBert", "extract"), ("Bert", "embed")]
+FAST = [("DistilBert", "extract"), ("Bert", "embed")]  # Bert to classify: see the run below
 SHAPES = [(1, 2), (3, 20), (5, 7), (2, 40)]
 
 
@@ -114,6 +114,12 @@ def opened(folder: Path) -> Any:
     return getattr(hub, named).from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def trained(run: Path) -> Any:
+    """The adapter on its base, as training had it."""
+    found = locate_adapter(run)
+    return open_adapter_model(found, found.spec(dtype=torch.float32))
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[Path, Path]]:
     folder = tmp_path_factory.mktemp("onnx")
@@ -151,6 +157,13 @@ def run(tmp_path_factory: pytest.TempPathFactory, rows: str) -> Path:
 
 
 @pytest.fixture(scope="module")
+def fp32(tmp_path_factory: pytest.TempPathFactory, run: Path) -> tuple[Path, dict[str, Any]]:
+    """The run exported in 32 bits, verified, and the report."""
+    out = tmp_path_factory.mktemp("fp32") / "out"
+    return out, qft.export(run, out, format="onnx:fp32")
+
+
+@pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory, run: Path) -> tuple[Path, dict[str, Any]]:
     """The run exported to 8 bits, verified, and the report."""
     out = tmp_path_factory.mktemp("int8") / "out"
@@ -172,17 +185,17 @@ def test_same_answers_as_transformers(written: Any, family: str, task: str) -> N
     assert [o.name for o in session.get_outputs()] == names.get(task, ["logits"])
 
 
-def test_token_types_count(written: Any) -> None:
-    base, out = written["Bert", "classify"]
+def test_token_types_count(run: Path, fp32: Any) -> None:
+    out = fp32[0]
     given = batch(3, 12) | {"token_type_ids": (torch.arange(12) > 5).long().expand(3, 12)}
     with torch.no_grad():
-        first, second = opened(base)(**given).logits, read_back(out)(**given).logits
+        first, second = trained(run)(**given).logits, read_back(out)(**given).logits
     assert (first - second).abs().max() < 1e-4
     assert (second - read_back(out)(**batch(3, 12)).logits).abs().max() > 1e-2
 
 
-def test_the_folder_holds_all_that_is_needed_and_no_paths(written: Any) -> None:
-    _, out = written["Bert", "classify"]
+def test_the_folder_holds_all_that_is_needed_and_no_paths(fp32: Any) -> None:
+    out = fp32[0]
     held = {path.name for path in out.iterdir()}
     assert {"model.onnx", "config.json", "tokenizer.json", "tokenizer_config.json"} <= held
     assert models.read_config(out)["id2label"]["2"] == "so-so"
@@ -234,9 +247,9 @@ def test_other_encoders(tmp_path: Path, kind: str) -> None:
 # --- straight from base and adapter, verified
 
 
-def test_a_run_is_exported_with_its_pooling_and_proven(run: Path, tmp_path: Path) -> None:
+def test_a_run_is_exported_with_its_pooling_and_proven(run: Path, fp32: Any) -> None:
     before = sorted(run.rglob("*"))
-    report = qft.export(run, tmp_path / "out", format="onnx:fp32")
+    out, report = fp32
     found = report["verification"]
     assert found["passed"]
     assert found["max_difference"] < 1e-4
@@ -244,12 +257,10 @@ def test_a_run_is_exported_with_its_pooling_and_proven(run: Path, tmp_path: Path
     assert found["metrics"] == pytest.approx(found["metrics_reference"], abs=1e-4)
     assert found["metrics"]["accuracy"] > 0.8  # it has learned something that could be lost
     assert any("not compared" in note for note in found["notes"])  # it says that layers are not
+    assert differences(trained(run), read_back(out)) < 1e-4
+    assert models.read_config(out)["qft_pooling"] == "mean"
+    assert qft.verify(run, out, layer_by_layer=True)["passed"]
     assert sorted(run.rglob("*")) == before
-    adapter = locate_adapter(run)
-    reference = open_adapter_model(adapter, adapter.spec(dtype=torch.float32))
-    assert differences(reference, read_back(tmp_path / "out")) < 1e-4
-    assert models.read_config(tmp_path / "out")["qft_pooling"] == "mean"
-    assert qft.verify(run, tmp_path / "out", layer_by_layer=True)["passed"]
 
 
 def test_int8_is_int8_and_smaller(int8: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -380,8 +391,8 @@ def outside(file: Path, name: str, kind: str) -> None:
 
 
 @pytest.fixture
-def copy(written: Any, tmp_path: Path) -> Path:
-    return shutil.copytree(written["Bert", "classify"][1], tmp_path / "copy") / "model.onnx"
+def copy(fp32: Any, tmp_path: Path) -> Path:
+    return shutil.copytree(fp32[0], tmp_path / "copy") / "model.onnx"
 
 
 @pytest.mark.parametrize("kind", ["weight", "constant", "inner graph"])
@@ -425,9 +436,9 @@ def test_another_graph_is_one_clear_error(copy: Path) -> None:
     refused(copy, "not an encoder that qft knows")
 
 
-def test_a_batch_too_long_is_one_clear_error(written: Any) -> None:
+def test_a_batch_too_long_is_one_clear_error(fp32: Any) -> None:
     with pytest.raises(ModelError, match="cannot run this batch"):
-        read_back(written["Bert", "classify"][1])(**batch(1, 80))  # it has 64 positions
+        read_back(fp32[0])(**batch(1, 80))  # it has 64 positions
 
 
 # --- refusals, and nothing left behind
@@ -465,23 +476,29 @@ def test_a_missing_library_is_named(
 
 
 def test_weights_that_one_file_cannot_hold(
-    written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    written: Any,
+    rows: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(onnx_graph, "_ONE_FILE_BYTES", 1000)
-    base, _ = written["Bert", "classify"]
+    base, _ = written["Bert", "embed"]
     report = write(base, tmp_path / "out", "int8")
     assert sorted(p.name for p in (tmp_path / "out").glob("*.onnx*")) == [
         "model.onnx", "model.onnx.data"]  # fmt: skip
     assert report.bytes == sum(p.stat().st_size for p in (tmp_path / "out").glob("*.onnx*"))
     assert locate(tmp_path / "out").format() == "onnx:int8"
     assert "".join(capfd.readouterr()) == ""  # the exporters' own words stay out
-    assert differences(opened(base), read_back(tmp_path / "out")) < 3
+    assert 0 < differences(opened(base), read_back(tmp_path / "out")) < 3
+    found = qft.verify(base, tmp_path / "out", data=rows)
+    assert 0 < found["layers"]["last_hidden_state"] < found["thresholds"]["layer"]
 
 
 def test_a_full_disk_or_a_stop_leaves_nothing(
     written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base, _ = written["Bert", "classify"]
+    base, _ = written["Bert", "embed"]
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: Usage(10, 10, 1000))
         with pytest.raises(SaveError, match="not enough room"):
