@@ -153,7 +153,7 @@ def write_format(
         return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
                             compressed.delta_rounding())  # fmt: skip
     if family == "gguf-lora":
-        return _write_adapter(source, format, out, overwrite, progress)
+        return _write_adapter(source, format, out, overwrite, progress, stops)
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind, stops=stops)
@@ -164,11 +164,16 @@ def write_format(
 
 
 def _write_adapter(
-    source: MergedTensors, format: str, out: Path, overwrite: bool, progress: Progress | None
+    source: MergedTensors,
+    format: str,
+    out: Path,
+    overwrite: bool,
+    progress: Progress | None,
+    stops: Sequence[int],
 ) -> ExportReport:
     from qft.export.gguf_adapter_format import AdapterPlan, write_adapter
 
-    plan = AdapterPlan(source, format.partition(":")[2])
+    plan = AdapterPlan(source, format.partition(":")[2], stops)
     require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         scaled = _scaled(progress, plan.tensor_bytes, _source_bytes(source))

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.export.gguf_format import QUANTIZATION_VERSION, stored_blocks
+from qft.export.gguf_format import QUANTIZATION_VERSION, stored_blocks, words_of
 from qft.gguf.architectures import architecture_of
 from qft.gguf.contract import Mapped
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES
+from qft.gguf.modelfile import modelfile
 from qft.gguf.types import holds
 from qft.merging.merge import Progress, identity
 from qft.merging.tensors import MergedTensors
@@ -30,6 +31,7 @@ from qft.strategy import LowRank
 from qft.write_journal import WriteJournal
 
 FAMILY = "gguf-lora"
+BASE_FILE = "base.gguf"  # what the Modelfile calls the base's file
 _SLACK_BYTES = 2**16
 _MULTIPLIED = (  # the matrices llama.cpp adds an update to
     ".attn_q.weight", ".attn_k.weight", ".attn_v.weight", ".attn_qkv.weight",
@@ -90,13 +92,17 @@ class AdapterPlan:
     Args:
         source: base and adapter.
         kind: ``f32``, ``f16`` or ``q8_0``; rows that do not fill its blocks stay in f16.
+        stops: tokens that must end a generation, beside those the source's own files name.
+
+    Attributes:
+        modelfile: what Ollama is told of base and adapter; empty where there is no tokenizer.
 
     Raises:
         AdapterError: the adapter is more than low-rank updates.
         ModelError: llama.cpp has no place for one of them.
     """
 
-    def __init__(self, source: MergedTensors, kind: str) -> None:
+    def __init__(self, source: MergedTensors, kind: str, stops: Sequence[int] = ()) -> None:
         self.source, self.kind = source, kind
         self.architecture = architecture_of(source.config)
         updates = source.factors()
@@ -110,6 +116,7 @@ class AdapterPlan:
         self.tensors = [stored for tensor in mapped for stored in self._pair(tensor)]
         self.notes = self._fallen_back()
         self.header = header(self.metadata(), self.tensors)
+        self.modelfile = self._modelfile(stops) if source.files else ""
 
     def _require_places(self, mapped: Sequence[Mapped], updates: Mapping[str, LowRank]) -> None:
         if not updates:
@@ -142,6 +149,19 @@ class AdapterPlan:
 
     def _update(self, name: str) -> LowRank:
         return self._ups.update(str(self._mapped[name].source))
+
+    @property
+    def file_name(self) -> str:
+        """Of the file in its folder."""
+        return f"adapter-{self.kind}.gguf"
+
+    def _modelfile(self, stops: Sequence[int]) -> str:
+        self.notes.append(f"for Ollama, the base's GGUF file belongs beside it as {BASE_FILE}")
+        words, context = words_of(self.source), self.source.config.get("max_position_embeddings")
+        return modelfile(
+            f"./{BASE_FILE}", words.tokenizer, words.settings, stops=[*words.stops, *stops],
+            context=context, adapter=f"./{self.file_name}", notes=self.notes,
+        )  # fmt: skip
 
     def _fallen_back(self) -> list[str]:
         fell = [tensor.name for tensor in self.tensors if tensor.kind != self.kind]
@@ -192,9 +212,11 @@ class AdapterPlan:
 
 
 def write_adapter(plan: AdapterPlan, folder: Path, progress: Progress | None = None) -> Path:
-    """Writes the file, or what is missing of it; returns its path."""
+    """Writes the file, or what is missing of it, and a Modelfile; returns the file's path."""
     journal = WriteJournal(folder, plan.identity)
-    path = folder / f"adapter-{plan.kind}.gguf"
+    if plan.modelfile:
+        (folder / "Modelfile").write_text(plan.modelfile, encoding="utf-8")
+    path = folder / plan.file_name
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path

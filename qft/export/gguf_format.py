@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,41 @@ from qft.write_journal import WriteJournal
 
 _SLACK_BYTES = 2**18  # config.json, the journal
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a source says of its tokens.
+
+    Attributes:
+        tokenizer: opened.
+        settings: what generation_config.json holds.
+        stops: what that, or else config.json, names as the end of a generation.
+    """
+
+    tokenizer: Any
+    settings: Mapping[str, Any]
+    stops: Sequence[int]
+
+
+def words_of(source: RowSource) -> Words:
+    """Opens a source's tokenizer in a folder of its own: its files may lie in several.
+
+    Raises:
+        ModelError: it is missing or broken.
+    """
+    scratch = Path(tempfile.gettempdir())
+    with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        write_config(source, folder)
+        for file, path in source.files.items():
+            (folder / file).symlink_to(path.resolve())
+        path = folder / "generation_config.json"
+        settings: dict[str, Any] = read_json(path) if path.is_file() else {}
+        named = (settings or source.config).get("eos_token_id")
+        ends = named if isinstance(named, list) else [named]
+        stops = [token for token in ends if type(token) is int]
+        return Words(open_tokenizer(folder), settings, stops)
 
 
 class GGUFPlan:
@@ -101,29 +137,18 @@ class GGUFPlan:
         return f"model-{self.mix}.gguf"
 
     def _vocabulary(self, stops: Sequence[int]) -> dict[str, Value]:
-        """The tokenizer, opened from a folder of its own: its files may lie in several.
-
-        What Ollama is told of it is kept as well.
-        """
+        """The tokenizer; what Ollama is told of it is kept as well."""
         if not self.source.files:
             raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
                              fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
-        scratch = Path(tempfile.gettempdir())
-        with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
-            folder = Path(name)
-            write_config(self.source, folder)
-            for file, path in self.source.files.items():
-                (folder / file).symlink_to(path.resolve())
-            config = self.source.config
-            ends = [*_named_stops(folder, config), *stops]
-            tokenizer = open_tokenizer(folder)
-            found = vocabulary_metadata(tokenizer, config, ends, self.notes)
-            every: Any = found.get("tokenizer.ggml.eos_token_ids", ())
-            self.modelfile = modelfile(
-                f"./{self.file_name}", tokenizer, _generation(folder), stops=every,
-                context=config.get("max_position_embeddings"), notes=self.notes,
-            )  # fmt: skip
-            return found
+        words, config = words_of(self.source), self.source.config
+        found = vocabulary_metadata(words.tokenizer, config, [*words.stops, *stops], self.notes)
+        every: Any = found.get("tokenizer.ggml.eos_token_ids", ())
+        self.modelfile = modelfile(
+            f"./{self.file_name}", words.tokenizer, words.settings, stops=every,
+            context=config.get("max_position_embeddings"), notes=self.notes,
+        )  # fmt: skip
+        return found
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
@@ -185,15 +210,3 @@ def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path
-
-
-def _named_stops(folder: Path, config: Mapping[str, Any]) -> list[int]:
-    """What generation_config.json, or else config.json, names as the end of a generation."""
-    named = (_generation(folder) or config).get("eos_token_id")
-    ends = named if isinstance(named, list) else [named]
-    return [token for token in ends if type(token) is int]
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
