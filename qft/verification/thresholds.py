@@ -13,8 +13,8 @@ import torch
 from qft import models
 from qft.errors import RecipeError
 from qft.export.compressed_schemes import scheme_in
-from qft.onnx_files import stored_kind
 from qft.gguf.mixes import MIXES
+from qft.onnx_files import stored_kind
 from qft.shards import ShardedCheckpoint
 
 
