@@ -59,6 +59,7 @@ _PLACES = """
     readiness checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.architectures gguf.vocabulary
+    gguf.importance
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats

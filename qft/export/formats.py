@@ -43,7 +43,8 @@ FORMATS = {
 }
 
 # Families whose rounding can be fitted to rows → whether it is, unless the user says otherwise.
-FITTED: dict[str, bool] = {}
+FITTED: dict[str, bool] = {"gguf": False}
+_BY_ITSELF = ("gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")  # each number, or its block
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,10 @@ def write_format(
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)
+    if calibration is not None:
+        from qft.gguf.importance import importance_of
+
+        plan = GGUFPlan(source, kind, importance_of(source, calibration))
     require_disk(out, plan.bytes + files_bytes(source.files))
     with new_folder(out, overwrite=overwrite) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
@@ -145,7 +150,7 @@ def _scaled(progress: Progress | None, written: int, total: int) -> Progress | N
 
 def fits_to_rows(format: str) -> bool:
     """Whether the rounding of a format can be fitted to rows."""
-    return format.split(":")[0] in FITTED
+    return format.split(":")[0] in FITTED and format not in _BY_ITSELF
 
 
 def require_known(format: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from qft.errors import ModelError
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, write_file
+from qft.gguf.importance import Importance
 from qft.gguf.mixes import MIXES, choose_types, fall_backs
 from qft.gguf.rounding import encode
 from qft.gguf.vocabulary import vocabulary_metadata
@@ -29,8 +30,8 @@ class GGUFPlan:
     Args:
         source: the model.
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
-        importance: a tensor of the checkpoint → how much an error in each of its columns weighs,
-            ``[width]``; tensors without one are rounded with all columns alike.
+        importance: how much an error in each column weighs; tensors without one are rounded with
+            all columns alike.
 
     Attributes:
         fall_backs: what is stored in another type than the mix says.
@@ -40,10 +41,10 @@ class GGUFPlan:
         ModelError: the architecture, a setting or a tensor cannot be expressed.
     """
 
-    def __init__(
-        self, source: RowSource, mix: str, importance: Mapping[str, Tensor] | None = None
-    ) -> None:
-        self.source, self.mix, self.importance = source, mix, importance or {}
+    def __init__(self, source: RowSource, mix: str, importance: Importance | None = None) -> None:
+        self.source, self.mix = source, mix
+        self.importance: Mapping[str, Tensor] = importance.columns if importance else {}
+        self._imatrix = importance.metadata() if importance else {}
         self.architecture = architecture_of(source.config)
         mapped = self.architecture.tensors(source)
         self._mapped = {tensor.name: tensor for tensor in mapped}
@@ -57,6 +58,7 @@ class GGUFPlan:
         ]
         self.fall_backs = fall_backs(self._choices, facts)
         self.notes = [fall_back.text() for fall_back in self.fall_backs]
+        self.notes += [importance.text()] if importance else []
 
     @property
     def tensor_bytes(self) -> int:
@@ -78,6 +80,7 @@ class GGUFPlan:
             "general.file_type": MIXES[self.mix],
             "general.quantization_version": _QUANTIZATION_VERSION,
             **({GGUF_TASK_KEY: str(task)} if task else {}),
+            **self._imatrix,
             **self.architecture.metadata(self.source.config),
         }
 
