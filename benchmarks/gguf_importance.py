@@ -2,11 +2,11 @@
 
     QFT_ASSETS=FOLDER python benchmarks/gguf_importance.py [--rounds 3] [--mixes q2_k q4_k_m]
 
-mini-6m is rounded to each mix without importance and with that of 32 packed rows of 512
-tokens of the user's domain (GSM8K's training rows, drawn by three seeds); by qft, and by llama.cpp's own quantizer, which is
-given the same importance. Each file is read by transformers and compared with the float32 model on
-rows it has never met (GSM8K's test rows): mean KL in nats a token. All of it goes to
-benchmarks/results/gguf_importance.json.
+mini-6m is rounded to each mix without importance and with that of 32 packed rows of 512 tokens of
+the user's domain (GSM8K's training rows, drawn by three seeds); by qft, and by llama.cpp's own
+quantizer, which is given the same importance. Each file is read by transformers and compared with
+the float32 model on rows it has never met (GSM8K's test rows): mean KL in nats a token. All of it
+goes to benchmarks/results/gguf_importance.json.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def quantize(source: Path, out: Path, mix: str, importance: dict[str, Tensor]) -
 def _say(mix: str, rows: list[dict[str, Any]]) -> None:
     for writer in ("qft", "llama.cpp"):
         own = [row for row in rows if (row["mix"], row["writer"]) == (mix, writer)]
-        plain = [row["kl"] for row in own if row["seed"] is None][0]
+        plain = next(row["kl"] for row in own if row["seed"] is None)
         fitted = [row["kl"] for row in own if row["seed"] is not None]
         spread = statistics.stdev(fitted) if len(fitted) > 1 else 0.0
         print(f"{mix} by {writer}: KL {plain:.5f}, with importance "

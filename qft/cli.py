@@ -437,7 +437,7 @@ def merge(
 def export_model(
     source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
     out: Out,
-    format: Annotated[str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="One of `qft formats`.")],
     base: Bases = None,
     fuse: Annotated[
         bool,
@@ -492,6 +492,15 @@ def export_model(
         reporter=_reporter(quiet, as_json),
     )
     _print(report, as_json, lambda: print(out))
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """The formats that a model can be exported to."""
+    from qft.export.format_table import format_table
+
+    rows = format_table()
+    _print(rows, as_json, lambda: _show_formats(rows))
 
 
 @app.command("verify")
@@ -809,6 +818,14 @@ def _table(values: dict[str, Any], indent: str = "") -> None:
 def _show_folds(summary: dict[str, Any]) -> None:
     for name, mean in summary["mean"].items():
         print(f"{name}: {mean:.4f} ± {summary['deviation'][name]:.4f}")
+
+
+def _show_formats(rows: list[dict[str, Any]]) -> None:
+    width = max(len(row["name"]) for row in rows)
+    fitted = {"never": "", "asked": "; --calibrate fits it to rows", "always": "; fitted to rows"}
+    for row in rows:
+        lost = f"may lose {row['mean_kl']:g} nats"
+        print(f"{row['name']:<{width}}  {row['runs_in']}; {lost}{fitted[row['fitted']]}")
 
 
 def _show_strategies(rows: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from qft import models
 from qft.adapter_folder import AdapterFolder, open_adapter_model
 from qft.errors import RecipeError
 from qft.gguf_model import open_gguf
+from qft.verification.read_back import read_back
 from qft.verification.subject import Subject, locate
 
 
@@ -48,7 +49,8 @@ def open_any(
     """Opens ``source`` with the right tokenizer.
 
     Args:
-        source: folder of a run, checkpoint, adapter, model or GGUF export; a .gguf file; a hub id.
+        source: folder of a run, checkpoint, adapter, model, GGUF or ONNX export; a .gguf or .onnx
+            file; a hub id.
         base: for an adapter, where its base is.
         task: overrides what the model says of itself.
         to_write: refuse what writes no text, before it is opened.
@@ -66,7 +68,12 @@ def open_any(
     spec = subject.spec
     if subject.gguf is not None:
         model, note = open_gguf(subject, **spec_changes)
-        return Opened(model, subject.tokenizer(), spec.task, None, None, note=note)
+        return Opened(model, subject.tokenizer(), spec.task, spec.labels, None,
+                      spec.labels_are, note)  # fmt: skip
+    if subject.onnx is not None:
+        model = read_back(subject.onnx, task=spec.task)
+        tokenizer = models.open_tokenizer(subject.folder)
+        return Opened(model, tokenizer, spec.task, spec.labels, None, spec.labels_are)
     # the classes are those of its own config
     plain = models.ModelSpec(source=source, task=spec.task, trust=trust, **spec_changes)
     model = models.open_model(subject.folder, plain)
@@ -78,8 +85,8 @@ def _require_writer(subject: Subject, asked: str | None) -> None:
     """Raises RecipeError where a model writes no text."""
     task, config = subject.spec.task, subject.config()
     if subject.adapter is None and asked is None:  # an encoder may not say what it is for
-        task = models.task_to_train(config)
-    if task in ("classify", "extract", "token"):
+        task = models.task_to_run(config)
+    if task in ("classify", "extract", "token", "embed"):
         named = str((config.get("architectures") or [""])[0])
         raise RecipeError("This model reads text and writes none.", where=subject.source,
                           found=f"{named or 'a model'} for the task {task}",
