@@ -64,7 +64,7 @@ _PLACES = """
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
-    gguf.turns gguf.modelfile
+    gguf.turns gguf.modelfile gguf.importance
     export.safetensors_format export.gguf_format export.gguf_adapter_format
     export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format

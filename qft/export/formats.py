@@ -54,9 +54,11 @@ FORMATS = {
 # Families, or formats where one differs from its family, whose rounding can be fitted to rows →
 # whether it is, unless the user says otherwise.
 FITTED: dict[str, bool] = {
+    "gguf": False,  # it costs a pass of the rows through the model
     "compressed-tensors": False,  # 8 bits lose next to nothing as it is
     "compressed-tensors:w4a16": True,
 }
+_BY_ITSELF = ("gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")  # each number, or its block
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,11 @@ def write_format(
         return _write_adapter(source, format, out, overwrite, progress, stops)
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
-    plan = GGUFPlan(source, kind, stops=stops)
+    plan = GGUFPlan(source, kind, stops=stops)  # refuses before the rows are run
+    if calibration is not None:
+        from qft.gguf.importance import importance_of
+
+        plan = GGUFPlan(source, kind, importance_of(source, calibration), stops)
     require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
@@ -201,7 +207,7 @@ def _scaled(progress: Progress | None, written: int, total: int) -> Progress | N
 
 def fits_to_rows(format: str) -> bool:
     """Whether the rounding of a format can be fitted to rows."""
-    return format.split(":")[0] in FITTED
+    return format.split(":")[0] in FITTED and format not in _BY_ITSELF
 
 
 def fitted_unasked(format: str) -> bool:
