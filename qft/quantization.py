@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qft.errors import RecipeError
+from qft.errors import ModelError, RecipeError
 from qft.lean.model_parts import head_names, output_embeddings
 
 if TYPE_CHECKING:
@@ -54,6 +54,27 @@ def require_bitsandbytes() -> None:
             where="quantize",
             fix="pip install bitsandbytes, or quantize: none",
         )
+
+
+def require_compressed_tensors(where: object) -> None:
+    """Raises a clear error where the library that opens such a folder is missing."""
+    import importlib.util
+
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ModelError(
+            "The model is stored in the format compressed-tensors, whose library is missing.",
+            where=where,
+            fix="pip install 'qft-toolkit[compressed-tensors]'",
+        )
+
+
+def decompress_(model: Any) -> None:
+    """Puts full weights into a model that compressed-tensors has opened.
+
+    The library does it within the first forward; until then the layers have no ``weight``, which
+    whoever looks at a model misses.
+    """
+    model.hf_quantizer.compressor.decompress_model(model)
 
 
 def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list[str]:

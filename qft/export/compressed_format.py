@@ -227,6 +227,12 @@ def _require_expressible(
     skeleton: nn.Module, linears: dict[str, bool], weights: dict[str, str]
 ) -> None:
     found = type(skeleton).__name__
+    if skeleton.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise ModelError(
+            "Encoder-decoders are not written in this format: transformers cannot open all of them "
+            "(T5's layers set up weights that are packed).", found=found,
+            fix="export to bnb or safetensors",
+        )  # fmt: skip
     if any(linears.values()):
         raise ModelError(
             "compressed-tensors has no word for this family's layers, which hold their weights "

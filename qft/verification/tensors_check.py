@@ -15,7 +15,7 @@ from qft.errors import ModelError
 from qft.verification.diagnosis import Finding
 from qft.verification.subject import Subject
 
-_KNOWN = ("int8", "nf4", "fp4", "compressed-tensors")
+_KNOWN = ("int8", "nf4", "fp4", models.COMPRESSED)
 _PACKED = (".weight_packed", ".weight")  # how compressed-tensors calls a packed weight
 _ROWS = 4096  # of two tensors compared at a time
 
