@@ -39,6 +39,8 @@ from qft.merging.merge import open_source
 RESULTS = Path(__file__).parent / "results" / "error_compensation.jsonl"
 SEEDS = (0, 1, 2)
 ROWS, LENGTH = 128, 256
+JUDGED = 60  # texts of each kind
+Sets = dict[str, list[tuple[Tensor, Tensor]]]  # token ids, and what the reference makes of them
 Judged = dict[str, dict[str, float]]
 
 
@@ -66,14 +68,20 @@ def calibration(folder: Path, texts: list[str], seed: int) -> Calibration:
 
 
 @torch.no_grad()
-def judged(model: nn.Module, reference: nn.Module, sets: dict[str, list[Tensor]]) -> Judged:
+def predicted(model: nn.Module, ids: Tensor) -> Tensor:
+    """Log-probabilities of what follows each token but the last, ``[length - 1, vocabulary]``."""
+    found: Tensor = model(ids).logits[0, :-1].log_softmax(-1)
+    return found
+
+
+def judged(model: nn.Module, sets: Sets) -> Judged:
     """Means over all tokens but the first of each text."""
     found: Judged = {}
     for name, texts in sets.items():
         divergence = loss = 0.0
         count = 0
-        for ids in texts:
-            wanted, own = (side(ids).logits[0, :-1].log_softmax(-1) for side in (reference, model))
+        for ids, wanted in texts:
+            own = predicted(model, ids)
             divergence += float((wanted.exp() * (wanted - own)).sum())
             loss -= float(own.gather(1, ids[0, 1:, None]).sum())
             count += len(own)
@@ -94,12 +102,12 @@ def largest_weight_scales() -> Iterator[None]:
         yield
 
 
-def measured(folder: Path, sets: dict[str, list[Tensor]], format: str,
-             rows: Calibration | None = None) -> dict[str, Any]:  # fmt: skip
+def measured(
+    folder: Path, sets: Sets, format: str, rows: Calibration | None = None
+) -> dict[str, Any]:
     """Writes, opens with plain transformers, and judges."""
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     source = open_source(folder, models.open_skeleton(folder, models.ModelSpec(str(folder))))
     with tempfile.TemporaryDirectory() as room:
         out = Path(room) / "out"
@@ -107,7 +115,7 @@ def measured(folder: Path, sets: dict[str, list[Tensor]], format: str,
         report = write_format(source, format, out, calibration=rows)
         spent = time.process_time() - begin
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-        found = judged(model, reference, sets)
+        found = judged(model, sets)
     return {"sets": found, "cpu_seconds": round(spent, 2), "bytes": report.bytes}
 
 
@@ -116,10 +124,13 @@ def lines(assets: Path) -> Iterator[dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     folder, data = assets / "models/mini-6m", assets / "data"
-    sets = {name: encoded(folder, texts) for name, texts in unseen_texts(data).items()}
-    seen = seen_texts(data)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    yield {"way": "float32", "sets": judged(plain, plain, sets)}
+    sets = {
+        name: [(ids, predicted(plain, ids)) for ids in encoded(folder, texts[:JUDGED])]
+        for name, texts in unseen_texts(data).items()
+    }
+    seen = seen_texts(data)
+    yield {"way": "float32", "sets": judged(plain, sets)}
     for kind in ("w8a8", "w8a16"):
         yield {"way": kind, **measured(folder, sets, f"compressed-tensors:{kind}")}
     format = "compressed-tensors:w4a16"
