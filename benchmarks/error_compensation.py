@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from benchmarks.sparsity import seen_texts, unseen_texts
 from qft import models
 from qft.calibration import Calibration
-from qft.export import compressed_format
+from qft.export import integer_plan
 from qft.export.formats import write_format
 from qft.hardware import environment
 from qft.merging.merge import open_source
@@ -98,7 +98,7 @@ def largest_weight_scales() -> Iterator[None]:
         scales: Tensor = grouped.abs().amax(-1) / ((grid.most - grid.least) / 2)
         return scales.to(dtype)
 
-    with mock.patch.object(compressed_format, "find_scales", find):
+    with mock.patch.object(integer_plan, "find_scales", find):
         yield
 
 

@@ -39,6 +39,7 @@ AUTO_CLASSES = {
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
 COMPRESSED = "compressed-tensors"  # vLLM's format, as a quantization config calls itself
+_KEPT_BY = {COMPRESSED: "ignore", "torchao": "modules_to_not_convert"}
 TASK_KEY = "qft_task"  # in a delivered model's config.json: what it was trained for
 _HEAD_CLASSES = {
     "classify": "ForSequenceClassification",
@@ -387,8 +388,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     config = open_config(folder, spec)
     stored = getattr(config, "quantization_config", None)
     compressed = stored is not None and stored_kind(stored) == COMPRESSED
-    if compressed:
-        quantization.require_compressed_tensors(folder)
+    if stored is not None:
+        quantization.require_library(stored_kind(stored), folder)
     kept = unquantized_in(folder, spec, keep)
     settings = None
     if stored is None:
@@ -509,7 +510,7 @@ def _keep_new_heads(folder: Path, spec: ModelSpec, stored: Any) -> None:
     checkpoint.close()
     kept = quantization.unquantized_modules(open_skeleton(folder, spec))
     new = [head for head in kept if not any(name.startswith(f"{head}.") for name in names)]
-    kept_by = "ignore" if stored_kind(stored) == COMPRESSED else "llm_int8_skip_modules"
+    kept_by = _KEPT_BY.get(stored_kind(stored), "llm_int8_skip_modules")
     stored[kept_by] = sorted({*(stored.get(kept_by) or []), *new})
 
 

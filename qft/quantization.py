@@ -56,15 +56,20 @@ def require_bitsandbytes() -> None:
         )
 
 
-def require_compressed_tensors(where: object) -> None:
-    """Raises a clear error where the library that opens such a folder is missing."""
+def require_library(kind: str, where: object) -> None:
+    """Raises a clear error where the library that opens a stored quantization is missing.
+
+    Args:
+        kind: ``quant_method`` of a config.json.
+    """
     import importlib.util
 
-    if importlib.util.find_spec("compressed_tensors") is None:
+    extras = {"compressed-tensors": "compressed_tensors", "torchao": "torchao"}
+    if kind in extras and importlib.util.find_spec(extras[kind]) is None:
         raise ModelError(
-            "The model is stored in the format compressed-tensors, whose library is missing.",
+            f"The model is stored in the format {kind}, whose library is missing.",
             where=where,
-            fix="pip install 'qft-toolkit[compressed-tensors]'",
+            fix=f"pip install 'qft-toolkit[{kind}]'",
         )
 
 

@@ -486,7 +486,7 @@ def test_the_missing_library_is_one_clear_error(
         read_back(out)
     assert "qft-toolkit[compressed-tensors]" in caught.value.text()
     with pytest.raises(ModelError):
-        quantization.require_compressed_tensors(out)
+        quantization.require_library("compressed-tensors", out)
 
 
 def test_a_missing_tensor_is_found(llama: Path, tmp_path: Path):

@@ -61,8 +61,8 @@ _PLACES = """
     gguf.types gguf.rounding gguf.mixes gguf.file gguf.architectures gguf.vocabulary
     export.safetensors_format export.gguf_format
     export.delta_rounding export.layer_rows export.bnb_format
-    export.integer_rounding export.error_compensation export.compressed_schemes
-    export.compressed_format
+    export.integer_rounding export.error_compensation export.integer_plan
+    export.compressed_schemes export.torchao_format
     export.formats
     verification.thresholds verification.read_back verification.diagnosis verification.tally
     verification.subject verification.tensors_check verification.tokens_check verification.stops

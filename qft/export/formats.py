@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qft.calibration import Calibration
 from qft.errors import RecipeError
@@ -15,6 +16,9 @@ from qft.merging.tensors import MergedTensors, TensorSource
 from qft.shard_writer import MAX_SHARD_BYTES
 from qft.shards import tensor_bytes
 
+if TYPE_CHECKING:
+    from qft.export.integer_plan import Layout
+
 FORMATS = {
     "gguf:f16": "llama.cpp and Ollama, 16 bits",
     "gguf:q8_0": "llama.cpp and Ollama, 8 bits",
@@ -25,6 +29,7 @@ FORMATS = {
     "compressed-tensors:w4a16": "vLLM and transformers, weights of 4 bits",
     "compressed-tensors:w8a16": "vLLM and transformers, weights of 8 bits",
     "compressed-tensors:w8a8": "vLLM and transformers, weights and inputs of 8 bits",
+    "torchao:int8": "transformers with torchao, weights of 8 bits",
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
@@ -35,6 +40,7 @@ FORMATS = {
 FITTED: dict[str, bool] = {
     "compressed-tensors": False,  # 8 bits lose next to nothing as it is
     "compressed-tensors:w4a16": True,
+    "torchao": False,
 }
 
 
@@ -108,15 +114,15 @@ def write_format(
                       _scaled(progress, quantized.bytes, total))  # fmt: skip
         return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
                             quantized.delta_rounding())  # fmt: skip
-    if family == "compressed-tensors":
-        from qft.export.compressed_format import CompressedPlan, write_compressed
+    if family in ("compressed-tensors", "torchao"):
+        from qft.export.integer_plan import IntegerPlan, write_integers
 
-        compressed = CompressedPlan(source, kind, calibration)
-        work = compressed.bytes + compressed.fitted_bytes
-        write_compressed(compressed, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-                         progress=_scaled(progress, work, total))  # fmt: skip
-        return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
-                            compressed.delta_rounding())  # fmt: skip
+        integers = IntegerPlan(source, _layout(family, kind), calibration)
+        work = integers.bytes + integers.fitted_bytes
+        write_integers(integers, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+                       progress=_scaled(progress, work, total))  # fmt: skip
+        return ExportReport(format, out, integers.bytes, tuple(integers.notes),
+                            integers.delta_rounding())  # fmt: skip
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
     plan = GGUFPlan(source, kind)
@@ -124,6 +130,13 @@ def write_format(
     with new_folder(out, overwrite=overwrite) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
     return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
+
+
+def _layout(family: str, kind: str) -> Layout:
+    from qft.export.compressed_schemes import SCHEMES, CompressedLayout
+    from qft.export.torchao_format import TorchaoLayout
+
+    return TorchaoLayout() if family == "torchao" else CompressedLayout(SCHEMES[kind])
 
 
 def _source_bytes(source: TensorSource) -> int:
