@@ -19,6 +19,7 @@ from qft.errors import ModelError, VerificationError
 from qft.export.formats import write_format
 from qft.gguf.architectures import architecture_of
 from qft.gguf.contract import Architecture
+from qft.gguf.naming import naming, size_label
 from qft.merging.merge import open_source
 from qft.merging.tensors import MergedTensors
 from qft.pooling import CONFIG_KEY
@@ -384,7 +385,11 @@ FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {}, "Gemma2": {}, 
             "Phi3": PARTIAL, "GPT2": {}}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [family if family in ("Gemma2", "GPT2") else pytest.param(family, marks=pytest.mark.slow)
+     for family in FAMILIES],
+)  # fmt: skip
 def test_the_commands_run_on_every_family(tmp_path, write_rows, family):
     base = make_family(family, tmp_path / "base", **FAMILIES[family])
     data = str(write_rows([{"text": f"the cat in a hat {n}"} for n in range(4)]))
@@ -445,3 +450,13 @@ def test_a_real_sentence_encoder_in_llama_cpp(tmp_path, minilm):
     found = llama_cpp_runs.pooled(Path(report["path"]), tokens[0].tolist())
     assert torch.allclose(read, expected, atol=1e-5)
     assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
+
+
+def test_a_file_has_a_name_and_a_size():
+    shapes = [(151936, 896), (24, 1_000_000)]
+    named = naming({"_name_or_path": "/home/me/Qwen2.5-0.5B", "model_type": "qwen2"}, shapes)
+    assert named == {"general.name": "Qwen2.5-0.5B", "general.size_label": "160M"}
+    assert naming({"_name_or_path": "Phi-3-mini"}, shapes)["general.name"] == "Phi 3-mini"
+    assert naming({"model_type": "phi3"}, shapes)["general.name"] == "phi 3 160M"
+    assert naming({"model_type": "qwen2"}, shapes)["general.name"] == "qwen2 160M"
+    assert [size_label(count) for count in (7, 1500, 1_240_000_000)] == ["7", "1.5K", "1.2B"]

@@ -60,16 +60,16 @@ _PLACES = """
     pruning.tables
     readiness checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
-    gguf.rounding gguf.file gguf.mixes gguf.contract gguf.turned gguf.rotary
+    gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
-    gguf.turns gguf.modelfile
+    gguf.turns gguf.modelfile gguf.importance
     export.safetensors_format export.gguf_format export.gguf_adapter_format
     export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
-    export.integer_rounding export.error_compensation export.compressed_schemes
-    export.compressed_format
+    export.integer_rounding export.error_compensation export.integer_plan
+    export.compressed_schemes export.torchao_format
     export.formats
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally

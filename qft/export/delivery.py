@@ -292,7 +292,7 @@ def _write(
         return ExportReport(format, target, size, delta_rounding=DeltaRounding(0.0, 1.0))
     if found is not None and choice is not None:
         # rounded once, to the format's own numbers; these keep the base's dtype beside them
-        keeps = format.startswith(("bnb:", "compressed-tensors:"))
+        keeps = format.startswith(("bnb:", "compressed-tensors:", "torchao:"))
         tensors = _open(found, None if keeps else torch.float32, choice)
     elif found is not None:
         tensors = _open(found, None, None)

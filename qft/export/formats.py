@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qft.calibration import Calibration
 from qft.errors import RecipeError
@@ -15,6 +16,9 @@ from qft.merging.side_files import files_bytes
 from qft.merging.tensors import MergedTensors, TensorSource
 from qft.shard_writer import MAX_SHARD_BYTES
 from qft.shards import tensor_bytes
+
+if TYPE_CHECKING:
+    from qft.export.integer_plan import Layout
 
 # Bits of the GGUF mixes: of a model of Llama 3.1 8B's shape.
 FORMATS = {
@@ -44,6 +48,7 @@ FORMATS = {
     "compressed-tensors:w4a16": "vLLM and transformers, weights of 4 bits",
     "compressed-tensors:w8a16": "vLLM and transformers, weights of 8 bits",
     "compressed-tensors:w8a8": "vLLM and transformers, weights and inputs of 8 bits",
+    "torchao:int8": "transformers with torchao, weights of 8 bits",
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
@@ -54,9 +59,12 @@ FORMATS = {
 # Families, or formats where one differs from its family, whose rounding can be fitted to rows →
 # whether it is, unless the user says otherwise.
 FITTED: dict[str, bool] = {
+    "gguf": False,  # it costs a pass of the rows through the model
     "compressed-tensors": False,  # 8 bits lose next to nothing as it is
     "compressed-tensors:w4a16": True,
+    "torchao": False,
 }
+_BY_ITSELF = ("gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")  # each number, or its block
 
 
 @dataclass(frozen=True)
@@ -143,20 +151,24 @@ def write_format(
         with new_folder(out, overwrite=overwrite) as folder:
             written = write_onnx(traced, folder, progress)
         return ExportReport(format, out, written, tuple(traced.notes))
-    if family == "compressed-tensors":
-        from qft.export.compressed_format import CompressedPlan, write_compressed
+    if family in ("compressed-tensors", "torchao"):
+        from qft.export.integer_plan import IntegerPlan, write_integers
 
-        compressed = CompressedPlan(source, kind, calibration)
-        work = compressed.bytes + compressed.fitted_bytes
-        write_compressed(compressed, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-                         progress=_scaled(progress, work, total))  # fmt: skip
-        return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
-                            compressed.delta_rounding())  # fmt: skip
+        integers = IntegerPlan(source, _layout(family, kind), calibration)
+        work = integers.bytes + integers.fitted_bytes
+        write_integers(integers, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
+                       progress=_scaled(progress, work, total))  # fmt: skip
+        return ExportReport(format, out, integers.bytes, tuple(integers.notes),
+                            integers.delta_rounding())  # fmt: skip
     if family == "gguf-lora":
         return _write_adapter(source, format, out, overwrite, progress, stops)
     from qft.export.gguf_format import GGUFPlan, write_gguf
 
-    plan = GGUFPlan(source, kind, stops=stops)
+    plan = GGUFPlan(source, kind, stops=stops)  # refuses before the rows are run
+    if calibration is not None:
+        from qft.gguf.importance import importance_of
+
+        plan = GGUFPlan(source, kind, importance_of(source, calibration), stops)
     require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
@@ -179,6 +191,11 @@ def _write_adapter(
         scaled = _scaled(progress, plan.tensor_bytes, _source_bytes(source))
         name = write_adapter(plan, folder, scaled).name
     return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
+def _layout(family: str, kind: str) -> Layout:
+    from qft.export.compressed_schemes import SCHEMES, CompressedLayout
+    from qft.export.torchao_format import TorchaoLayout
+
+    return TorchaoLayout() if family == "torchao" else CompressedLayout(SCHEMES[kind])
 
 
 def _source_bytes(source: TensorSource) -> int:
@@ -201,7 +218,7 @@ def _scaled(progress: Progress | None, written: int, total: int) -> Progress | N
 
 def fits_to_rows(format: str) -> bool:
     """Whether the rounding of a format can be fitted to rows."""
-    return format.split(":")[0] in FITTED
+    return format.split(":")[0] in FITTED and format not in _BY_ITSELF
 
 
 def fitted_unasked(format: str) -> bool:
