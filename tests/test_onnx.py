@@ -23,7 +23,8 @@ from qft.adapter_folder import locate_adapter, open_adapter_model
 from qft.cli import app
 from qft.errors import ModelError, RecipeError, SaveError, VerificationError
 from qft.export import onnx_graph
-from qft.export.formats import ExportReport, write_format
+from qft.export.formats import write_format
+from qft.export.writers import ExportReport
 from qft.merging.merge import open_source
 from qft.verification.read_back import read_back
 from qft.verification.subject import locate
