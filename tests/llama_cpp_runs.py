@@ -16,13 +16,18 @@ _ITS_OWN = -1
 _SAID: list[bytes] = []  # by the library since the last file was opened
 
 
-def logits(path: Path, tokens: Sequence[int], context: int = 0) -> torch.Tensor:
+def logits(
+    path: Path, tokens: Sequence[int], context: int = 0, adapter: Path | None = None
+) -> torch.Tensor:
     """Logits after every token, ``[tokens, vocabulary]``.
 
     Args:
         context: what the model is opened with; 0 is the text's length.
+        adapter: a file of low-rank updates to add.
     """
     with _opened(path, len(tokens), max(context, len(tokens))) as (library, model, run):
+        if adapter is not None:
+            _add(library, model, run, adapter)
         _decode(library, run, tokens)
         width = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
         return torch.stack([_row(library.llama_get_logits_ith(run, place), width)
@@ -93,6 +98,15 @@ def _silence() -> Any:
     library.llama_log_set(silent, ctypes.c_void_p(0))
     library.llama_backend_init()
     return silent
+
+
+def _add(library: Any, model: Any, run: Any, adapter: Path) -> None:
+    opened = library.llama_adapter_lora_init(model, str(adapter).encode())
+    assert opened, b"".join(_SAID[-5:])
+    pointers = (library.llama_adapter_lora_p_ctypes * 1)(
+        ctypes.cast(opened, library.llama_adapter_lora_p_ctypes)
+    )
+    assert library.llama_set_adapters_lora(run, pointers, 1, (ctypes.c_float * 1)(1.0)) == 0
 
 
 def _decode(library: Any, run: Any, tokens: Sequence[int]) -> None:

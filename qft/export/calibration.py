@@ -8,7 +8,7 @@ from qft.calibration import Calibration, collated, drawn
 from qft.data.examples import fingerprint
 from qft.data.tasks import TASKS, ExampleSet, load_examples, load_train_eval, pad_id
 from qft.errors import RecipeError
-from qft.export.formats import FITTED, fits_to_rows
+from qft.export.formats import FITTED, fits_to_rows, fitted_unasked
 from qft.hardware import choose
 from qft.held_out import recipe_of
 from qft.models import longest_input
@@ -42,7 +42,7 @@ def calibration_for(
                               where="--calibrate", found=format,
                               fix=f"leave it out, or one of {', '.join(FITTED)}")  # fmt: skip
         return None
-    if asked is False or not (wanted or FITTED[format.split(":")[0]]):
+    if asked is False or not (wanted or fitted_unasked(format)):
         return None
     try:
         return calibrate_on(reference, data, rows=rows)

@@ -17,6 +17,7 @@ from qft.layer_weights import LayerWeights, StoredTensors, module_names_of
 from qft.merging.tensors import ModuleTensors, tied_names
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context
+from qft.verification.adapter_file import AdapterFile
 from qft.verification.gguf_config import OpenedGGUF, config_of
 from qft.verification.read_back import GGUFTensors, SafetensorsFolder
 from qft.verification.subject import Subject
@@ -35,6 +36,9 @@ def open_weights(subject: Subject, dtype: torch.dtype) -> Iterator[LayerWeights]
         ModelError: it is broken.
     """
     device = hardware.choose().device
+    if isinstance(subject, AdapterFile):
+        raise CannotStreamError("A base with an adapter file beside it is opened whole.",
+                                where=subject.file)  # fmt: skip
     if subject.gguf is not None:
         yield _gguf(subject, dtype, device)
         return

@@ -15,6 +15,8 @@ from qft.errors import ModelError
 from qft.verification.diagnosis import Finding
 from qft.verification.subject import Subject
 
+_KNOWN = ("int8", "nf4", "fp4", "compressed-tensors")
+_PACKED = (".weight_packed", ".weight")  # how compressed-tensors calls a packed weight
 _ROWS = 4096  # of two tensors compared at a time
 
 
@@ -25,7 +27,7 @@ def check_tensors(artefact: Subject) -> list[Finding]:
     tensors in ways of their own: nothing is checked there.
     """
     stored = artefact.config().get("quantization_config")
-    known = not stored or models.stored_kind(stored) in ("int8", "nf4", "fp4")
+    known = not stored or models.stored_kind(stored) in _KNOWN
     whole = artefact.gguf or artefact.onnx or artefact.adapter
     if whole is not None or not known:
         return []
@@ -36,7 +38,7 @@ def check_tensors(artefact: Subject) -> list[Finding]:
 
 
 def _missing(skeleton: nn.Module, names: dict[str, str], folder: Path) -> list[Finding]:
-    held = set(names.values())
+    held = {name.replace(*_PACKED) for name in names.values()}
     tied: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", None) or {}
     held |= {one for pair in tied.items() if set(pair) & held for one in pair}
     lost = sorted(set(skeleton.state_dict()) - held)

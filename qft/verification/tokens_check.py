@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qft.data.conversations import CONVERSATIONS
 from qft.data.template import has_template, render
 from qft.errors import QftError
 from qft.verification.diagnosis import Finding
@@ -16,18 +17,6 @@ AWKWARD = (
     "0", "0123456789", "3.14159 and 1,000,000", "007 1e-5 x1y2", "don't WON'T I'll",
     "<s>", "</s>", "<|im_start|>user\nhi<|im_end|>", "<0x41>", "[INST] x [/INST]",
     "def f(x):\n\treturn x**2  # ok", "https://example.org/?q=1&r=%20", "!!!???...",
-)  # fmt: skip
-_USER = {"role": "user", "content": "What is 2 + 2?"}
-_ASSISTANT = {"role": "assistant", "content": "It is 4."}
-CONVERSATIONS: tuple[tuple[str, list[dict[str, str]], bool], ...] = (
-    ("one turn", [_USER, _ASSISTANT], False),
-    ("one question, with the generation prompt", [_USER], True),
-    ("a system message", [{"role": "system", "content": "Be  brief."}, _USER, _ASSISTANT], False),
-    ("a system message, with the generation prompt",
-     [{"role": "system", "content": "Be brief.\n"}, _USER], True),
-    ("three turns", [_USER, _ASSISTANT, {"role": "user", "content": " And 3?"}, _ASSISTANT,
-                     _USER, _ASSISTANT], False),
-    ("two turns, with the generation prompt", [_USER, _ASSISTANT, _USER], True),
 )  # fmt: skip
 _TOKENIZER_FIX = (
     "put the reference's tokenizer files (tokenizer.json, tokenizer_config.json and the others) "
