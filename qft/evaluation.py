@@ -113,7 +113,7 @@ def judge_of(task: Task, labels: Sequence[str] | None) -> Judge:
             return TagJudge(labels)
         case "vectors":
             raise RecipeError(
-                "An encoder without a head answers with vectors: there is nothing to judge them by.",
+                "An encoder without a head answers with vectors, and nothing judges these.",
                 where="task",
                 found=task.name,
                 fix="train a head (task: classify), or compare two models: qft verify",

@@ -101,7 +101,8 @@ def resolve_folder(source: str, trust: Trust | None = None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         if not path.is_dir():
-            raise ModelError("A model is a folder, not a file.", where=source)
+            raise ModelError("A model is a folder or a .gguf file.", where=source,
+                             fix="name the folder it lies in")  # fmt: skip
         return path
     if not _HUB_ID.match(source):
         near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []

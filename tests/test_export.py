@@ -191,7 +191,8 @@ def test_gguf_metadata(tmp_path):
 def test_rows_q8_0_cannot_hold_stay_in_f16_and_are_named(tmp_path):
     base = make_model(tmp_path / "base", intermediate_size=100)
     report = write_format(source_of(base), "gguf:q8_0", tmp_path / "out")
-    assert "2 tensor(s) stay in f16" in report.notes[0]
+    assert "2 tensor(s) are stored in f16, not q8_0" in report.notes[0]
+    assert "rows of 100" in report.notes[0]
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(report.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q8_0"

@@ -10,15 +10,20 @@ import pytest
 import torch
 import transformers
 from gguf_families import family_config, make_family
+from typer.testing import CliRunner
 
+import qft
 from qft import models
+from qft.cli import app
+from qft.errors import ModelError, VerificationError
 from qft.export.formats import write_format
 from qft.gguf.architectures import architecture_of
 from qft.gguf.contract import Architecture
+from qft.gguf.naming import naming, size_label
 from qft.merging.merge import open_source
 from qft.merging.tensors import MergedTensors
 from qft.pooling import CONFIG_KEY
-from qft.verification.gguf_settings import OpenedGGUF
+from qft.verification.gguf_config import OpenedGGUF
 from qft.verification.read_back import GGUFTensors, read_back
 
 torch.set_num_threads(1)
@@ -241,7 +246,8 @@ def test_a_window_that_is_not_run_limits_the_context(tmp_path):
     base = make_family("Mistral", tmp_path / "base", sliding_window=256)
     report = write_format(source_of(base), "gguf:f32", tmp_path / "out")
     assert OpenedGGUF(report.path).own("context_length") == 256
-    assert "no sliding window" in report.notes[0] and "256 tokens" in report.notes[0]
+    assert "no sliding window" in report.notes[0]
+    assert "256 tokens" in report.notes[0]
     wide = make_family("Mistral", tmp_path / "wide", sliding_window=4096)
     assert not write_format(source_of(wide), "gguf:f32", tmp_path / "wide-out").notes
 
@@ -373,3 +379,84 @@ def test_a_classifier_in_llama_cpp(tmp_path, case):
     found = llama_cpp_runs.pooled(path, tokens[0].tolist())
     assert torch.allclose(found, expected, atol=3e-2, rtol=0)
     assert case == "number" or llama_cpp_runs.labels(path) == ["bad", "good", "so-so"]
+
+
+FAMILIES = {"Llama": {}, "Mistral": {}, "Qwen2": {}, "Qwen3": {}, "Gemma2": {}, "Gemma3": {},
+            "Phi3": PARTIAL, "GPT2": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family if family in ("Gemma2", "GPT2") else pytest.param(family, marks=pytest.mark.slow)
+     for family in FAMILIES],
+)  # fmt: skip
+def test_the_commands_run_on_every_family(tmp_path, write_rows, family):
+    base = make_family(family, tmp_path / "base", **FAMILIES[family])
+    data = str(write_rows([{"text": f"the cat in a hat {n}"} for n in range(4)]))
+    report = qft.export(base, tmp_path / "out", format="gguf:f16", data=data)
+    assert report["verification"]["passed"]
+    for layers in (False, True):
+        if layers and family == "Gemma3":
+            continue  # two kinds of layers: this one is opened whole
+        result = qft.verify(base, report["path"], data=data, layer_by_layer=layers)
+        assert result["passed"]
+        assert result["layer_by_layer"] is layers
+    lost = qft.evaluate(str(base), data=data)["loss"]  # in bf16, where the machine has it
+    assert abs(qft.evaluate(str(tmp_path / "out"), data=data)["loss"] - lost) < 3e-2
+    result = CliRunner().invoke(
+        app, ["generate", report["path"], "-p", "the cat", "--max-new-tokens", "4"]
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_a_classifier_through_the_commands(tmp_path, write_rows):
+    base = make_family("BertClassifier", tmp_path / "base", **THREE)
+    rows = [{"text": f"the weather is fine {n}", "label": ["bad", "good", "so-so"][n % 3]}
+            for n in range(6)]  # fmt: skip
+    data = str(write_rows(rows))
+    report = qft.export(base, tmp_path / "out", format="gguf:f16", data=data)
+    assert report["verification"]["passed"]
+    assert any("pooling type rank" in note for note in report["notes"])
+    lost = qft.evaluate(str(base), data=data)
+    found = qft.evaluate(str(tmp_path / "out"), data=data)
+    assert found["accuracy"] == lost["accuracy"]
+
+
+def test_an_encoder_through_the_commands(tmp_path, write_rows):
+    base = make_family("Bert", tmp_path / "base")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+    data = str(write_rows([{"text": f"the weather is fine {n}"} for n in range(4)]))
+    report = qft.export(base, tmp_path / "out", format="gguf:f16", data=data)
+    assert report["verification"]["passed"]
+    assert "pooling: cls" in report["notes"][0]
+    assert OpenedGGUF(Path(report["path"])).own("pooling_type") == 2
+    other = make_family("Bert", tmp_path / "other", hidden_act="gelu_new", type_vocab_size=3)
+    with pytest.raises(VerificationError):
+        qft.verify(other, report["path"], data=data)
+
+
+@pytest.mark.slow
+def test_a_real_sentence_encoder_in_llama_cpp(tmp_path, minilm):
+    pytest.importorskip("llama_cpp")
+    import llama_cpp_runs
+
+    report = qft.export(minilm, tmp_path / "out", format="gguf:f32", verify=False)
+    model = transformers.AutoModel.from_pretrained(minilm, dtype=torch.float32).eval()
+    tokens = text_ids(minilm)
+    with torch.no_grad():
+        expected = model(tokens).last_hidden_state[0].mean(0)
+        read = read_back(report["path"])(tokens).last_hidden_state[0].mean(0)
+    found = llama_cpp_runs.pooled(Path(report["path"]), tokens[0].tolist())
+    assert torch.allclose(read, expected, atol=1e-5)
+    assert torch.cosine_similarity(found, expected, dim=0) > 0.9999
+
+
+def test_a_file_has_a_name_and_a_size():
+    shapes = [(151936, 896), (24, 1_000_000)]
+    named = naming({"_name_or_path": "/home/me/Qwen2.5-0.5B", "model_type": "qwen2"}, shapes)
+    assert named == {"general.name": "Qwen2.5-0.5B", "general.size_label": "160M"}
+    assert naming({"_name_or_path": "Phi-3-mini"}, shapes)["general.name"] == "Phi 3-mini"
+    assert naming({"model_type": "phi3"}, shapes)["general.name"] == "phi 3 160M"
+    assert naming({"model_type": "qwen2"}, shapes)["general.name"] == "qwen2 160M"
+    assert [size_label(count) for count in (7, 1500, 1_240_000_000)] == ["7", "1.5K", "1.2B"]

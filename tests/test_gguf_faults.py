@@ -28,6 +28,7 @@ from qft.verification import gguf_tokens
 from qft.verification.proof import check_words
 from qft.verification.read_back import read_back
 from qft.verification.subject import locate
+from qft.verification.thresholds import THRESHOLDS
 
 torch.set_num_threads(1)
 Fields = dict[str, list[Any]]  # key → value, type, type of a list's entries
@@ -207,6 +208,31 @@ def test_a_fault_in_the_weights(
     error = refused(reference, copied, data)
     assert "diverge from model.layers.0 on" in str(error.found)
     assert "q and k rows" in str(error.fix)
+    assert "scales" in str(error.fix)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("gguf:q4_k_m" not in THRESHOLDS and "gguf:q4_k" not in THRESHOLDS,
+                    reason="no K-quants")  # fmt: skip
+def test_swapped_scales_of_a_k_quant(assets: Path, tmp_path: Path) -> None:
+    """Q4_K: the scale of the numbers and that of the lowest ones, two bytes each, change places."""
+    mini = assets / "models" / "mini-6m"
+    source = open_source(mini, models.open_skeleton(mini, models.ModelSpec("")))
+    path = write_format(source, "gguf:q4_k_m", tmp_path / "out").path
+    text = (assets / "data/text/tinyshakespeare/input.txt").read_text(encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text[at : at + 200]}) + "\n"
+                            for at in range(0, 1200, 200)))  # fmt: skip
+    assert qft.verify(mini, path, data=str(rows))["passed"]
+
+    def change(fields: Fields, tensors: Tensors) -> None:
+        values, kind = tensors["blk.0.ffn_gate.weight"]
+        assert kind == gguf.GGMLQuantizationType.Q4_K
+        blocks = values.reshape(values.shape[0], -1, 144)
+        blocks[:, :, :4] = blocks[:, :, [2, 3, 0, 1]].copy()
+
+    edit(path, change)
+    error = refused(mini, path, str(rows))
     assert "scales" in str(error.fix)
 
 

@@ -60,7 +60,7 @@ _PLACES = """
     pruning.tables
     readiness checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
-    gguf.rounding gguf.file gguf.mixes gguf.contract gguf.turned gguf.rotary
+    gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
     gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
     gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
@@ -71,14 +71,14 @@ _PLACES = """
     export.integer_rounding export.error_compensation export.compressed_schemes
     export.compressed_format
     export.formats
-    verification.thresholds verification.gguf_settings verification.gguf_encoder
+    verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file
     verification.tensors_check verification.tokens_check
     verification.llama_tokens verification.cut_check verification.gguf_numbers
     verification.gguf_tokens verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
-    verification.streams verification.summary opening written scoring verification.proof
+    verification.streams verification.summary gguf_model opening written scoring verification.proof
     export.format_table export.right_base export.calibration export.beside export.place
     export.proven export.delivery export healing
     demo.docstrings demo.job

@@ -39,6 +39,7 @@ from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
 from qft.merging.together import combine_folders, listed, located
+from qft.pooling import CONFIG_KEY, resolve_pooling
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.verification.adapter_file import APART, require_adapter
 from qft.verification.proof import rows_of
@@ -296,14 +297,24 @@ def _write(
     elif found is not None:
         tensors = _open(found, None, None)
     else:
-        folder = reference.folder
-        tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
+        tensors = _open_plain(reference)
     with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
         written = write_format(tensors, format, target, calibration=calibration,
                                overwrite=overwrite, progress=bar.advance,
                                stops=needed_stops(reference))  # fmt: skip
     tensors.close()
     return written
+
+
+def _open_plain(reference: Subject) -> MergedTensors:
+    """A model as it is stored; an encoder without a head says how a text becomes one vector."""
+    folder = reference.folder
+    skeleton = models.open_skeleton(folder, reference.spec)
+    tensors = open_source(folder, skeleton)
+    if reference.spec.task == "embed":
+        kind = resolve_pooling("auto", folder, skeleton.config)
+        tensors.config = {**tensors.config, CONFIG_KEY: kind}
+    return tensors
 
 
 def _open(

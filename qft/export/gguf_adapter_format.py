@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from qft.errors import ModelError
-from qft.export.gguf_format import QUANTIZATION_VERSION, stored_blocks, words_of
+from qft.export.gguf_format import QUANTIZATION_VERSION, file_name, stored_blocks, words_of
 from qft.gguf.architectures import architecture_of
 from qft.gguf.contract import Mapped
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES
-from qft.gguf.modelfile import modelfile
 from qft.gguf.types import holds
 from qft.merging.merge import Progress, identity
 from qft.merging.tensors import MergedTensors
@@ -31,8 +30,12 @@ from qft.strategy import LowRank
 from qft.write_journal import WriteJournal
 
 FAMILY = "gguf-lora"
-BASE_FILE = "base.gguf"  # what the Modelfile calls the base's file
 _SLACK_BYTES = 2**16
+_BASE = "q8_0"  # the base's file that the Modelfile names
+_HOW_TO = (
+    "# Put the base's own file beside this one (qft export BASE --format gguf:q8_0), or name "
+    "another in the next line.\n"
+)
 _MULTIPLIED = (  # the matrices llama.cpp adds an update to
     ".attn_q.weight", ".attn_k.weight", ".attn_v.weight", ".attn_qkv.weight",
     ".attn_output.weight", ".ffn_gate.weight", ".ffn_up.weight", ".ffn_down.weight",
@@ -95,7 +98,7 @@ class AdapterPlan:
         stops: tokens that must end a generation, beside those the source's own files name.
 
     Attributes:
-        modelfile: what Ollama is told of base and adapter; empty where there is no tokenizer.
+        modelfile: what Ollama is told, where the base's file is put beside the adapter's.
 
     Raises:
         AdapterError: the adapter is more than low-rank updates.
@@ -115,8 +118,8 @@ class AdapterPlan:
         self.alpha = scales.most_common(1)[0][0]
         self.tensors = [stored for tensor in mapped for stored in self._pair(tensor)]
         self.notes = self._fallen_back()
+        self.modelfile = self._modelfile(stops)
         self.header = header(self.metadata(), self.tensors)
-        self.modelfile = self._modelfile(stops) if source.files else ""
 
     def _require_places(self, mapped: Sequence[Mapped], updates: Mapping[str, LowRank]) -> None:
         if not updates:
@@ -150,23 +153,25 @@ class AdapterPlan:
     def _update(self, name: str) -> LowRank:
         return self._ups.update(str(self._mapped[name].source))
 
-    @property
-    def file_name(self) -> str:
-        """Of the file in its folder."""
-        return f"adapter-{self.kind}.gguf"
-
-    def _modelfile(self, stops: Sequence[int]) -> str:
-        self.notes.append(f"for Ollama, the base's GGUF file belongs beside it as {BASE_FILE}")
-        words, context = words_of(self.source), self.source.config.get("max_position_embeddings")
-        return modelfile(
-            f"./{BASE_FILE}", words.tokenizer, words.settings, stops=[*words.stops, *stops],
-            context=context, adapter=f"./{self.file_name}", notes=self.notes,
-        )  # fmt: skip
-
     def _fallen_back(self) -> list[str]:
         fell = [tensor.name for tensor in self.tensors if tensor.kind != self.kind]
         return [f"{len(fell)} of {len(self.tensors)} factors stay in f16: {self.kind} needs rows "
                 "in multiples of 32"] if fell else []  # fmt: skip
+
+    def _modelfile(self, stops: Sequence[int]) -> str | None:
+        """None where the base's tokenizer fits no GGUF file: then neither does the base."""
+        said: list[str] = []
+        try:
+            return words_of(self.source, f"./{file_name(_BASE)}", stops, said,
+                            adapter=f"./{self.file_name}").modelfile  # fmt: skip
+        except ModelError as error:
+            self.notes.append(f"No Modelfile is written: {error.what}")
+            return None
+
+    @property
+    def file_name(self) -> str:
+        """Of the file in its folder."""
+        return f"adapter-{self.kind}.gguf"
 
     @property
     def bytes(self) -> int:
@@ -212,11 +217,11 @@ class AdapterPlan:
 
 
 def write_adapter(plan: AdapterPlan, folder: Path, progress: Progress | None = None) -> Path:
-    """Writes the file, or what is missing of it, and a Modelfile; returns the file's path."""
+    """Writes the file, or what is missing of it; returns its path."""
     journal = WriteJournal(folder, plan.identity)
-    if plan.modelfile:
-        (folder / "Modelfile").write_text(plan.modelfile, encoding="utf-8")
     path = folder / plan.file_name
+    if plan.modelfile is not None:
+        (folder / "Modelfile").write_text(_HOW_TO + plan.modelfile, encoding="utf-8")
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path

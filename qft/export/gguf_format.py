@@ -17,52 +17,19 @@ from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
 from qft.gguf.mixes import MIXES, choose_types, fall_backs
 from qft.gguf.modelfile import modelfile
+from qft.gguf.naming import naming
 from qft.gguf.rounding import encode
 from qft.gguf.types import stored_bytes
 from qft.gguf.vocabulary import vocabulary_metadata
 from qft.merging.merge import Progress, identity, write_config
 from qft.merging.side_files import copy_files, files_bytes
 from qft.merging.tensors import RowSource
-from qft.models import open_tokenizer
+from qft.models import TASK_KEY, open_tokenizer
 from qft.write_journal import WriteJournal
 
-_SLACK_BYTES = 2**18  # config.json, the journal
+GGUF_TASK_KEY = "qft.task"  # what the model was trained for; other readers pass over it
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a source says of its tokens.
-
-    Attributes:
-        tokenizer: opened.
-        settings: what generation_config.json holds.
-        stops: what that, or else config.json, names as the end of a generation.
-    """
-
-    tokenizer: Any
-    settings: Mapping[str, Any]
-    stops: Sequence[int]
-
-
-def words_of(source: RowSource) -> Words:
-    """Opens a source's tokenizer in a folder of its own: its files may lie in several.
-
-    Raises:
-        ModelError: it is missing or broken.
-    """
-    scratch = Path(tempfile.gettempdir())
-    with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
-        folder = Path(name)
-        write_config(source, folder)
-        for file, path in source.files.items():
-            (folder / file).symlink_to(path.resolve())
-        path = folder / "generation_config.json"
-        settings: dict[str, Any] = read_json(path) if path.is_file() else {}
-        named = (settings or source.config).get("eos_token_id")
-        ends = named if isinstance(named, list) else [named]
-        stops = [token for token in ends if type(token) is int]
-        return Words(open_tokenizer(folder), settings, stops)
+_SLACK_BYTES = 2**18  # config.json, the journal
 
 
 class GGUFPlan:
@@ -107,7 +74,9 @@ class GGUFPlan:
         self.fall_backs = fall_backs(self._choices, facts)
         fell = [fall_back.text() for fall_back in self.fall_backs]
         self.notes = [*self.architecture.notes(source.config), *fell]
-        self.header = header(self.metadata() | self._vocabulary(stops), self.tensors)
+        words = words_of(source, f"./{self.file_name}", stops, self.notes)
+        self.modelfile = words.modelfile
+        self.header = header(self.metadata() | words.vocabulary, self.tensors)
 
     @property
     def tensor_bytes(self) -> int:
@@ -134,29 +103,18 @@ class GGUFPlan:
     @property
     def file_name(self) -> str:
         """Of the file in its folder."""
-        return f"model-{self.mix}.gguf"
-
-    def _vocabulary(self, stops: Sequence[int]) -> dict[str, Value]:
-        """The tokenizer; what Ollama is told of it is kept as well."""
-        if not self.source.files:
-            raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
-                             fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
-        words, config = words_of(self.source), self.source.config
-        found = vocabulary_metadata(words.tokenizer, config, [*words.stops, *stops], self.notes)
-        every: Any = found.get("tokenizer.ggml.eos_token_ids", ())
-        self.modelfile = modelfile(
-            f"./{self.file_name}", words.tokenizer, words.settings, stops=every,
-            context=config.get("max_position_embeddings"), notes=self.notes,
-        )  # fmt: skip
-        return found
+        return file_name(self.mix)
 
     def metadata(self) -> dict[str, Value]:
         """What the file says of the model itself."""
+        task = self.source.config.get(TASK_KEY)
         return {
             "general.architecture": self.architecture.name,
             "general.type": "model",
+            **naming(self.source.config, (tensor.shape for tensor in self.tensors)),
             "general.file_type": MIXES[self.mix],
             "general.quantization_version": QUANTIZATION_VERSION,
+            **({GGUF_TASK_KEY: str(task)} if task else {}),
             **self.architecture.metadata(self.source.config),
         }
 
@@ -173,6 +131,63 @@ class GGUFPlan:
         kind, mapped = self._choices[name].kind, self._mapped[name]
         importance = self.importance.get(mapped.source or "")
         return stored_blocks(mapped.blocks(), kind, start, mapped.source or name, importance)
+
+
+def file_name(mix: str) -> str:
+    """Of a model's file in its folder."""
+    return f"model-{mix}.gguf"
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a source's tokenizer becomes.
+
+    Attributes:
+        vocabulary: what a GGUF file says of it.
+        modelfile: what Ollama is told.
+    """
+
+    vocabulary: dict[str, Value]
+    modelfile: str
+
+
+def words_of(
+    source: RowSource,
+    from_: str,
+    stops: Sequence[int],
+    notes: list[str],
+    adapter: str | None = None,
+) -> Words:
+    """The tokenizer, opened from a folder of its own: its files may lie in several.
+
+    Args:
+        source: the model.
+        from_: the model's file as a Modelfile names it.
+        stops: tokens that must end a generation, beside those the source's own files name.
+        notes: gets what a user should know, a sentence each.
+        adapter: an adapter's file, likewise.
+
+    Raises:
+        ModelError: there is no tokenizer, or it cannot be expressed.
+    """
+    if not source.files:
+        raise ModelError("GGUF holds a tokenizer, and this model folder has none.",
+                         fix="add tokenizer.json and tokenizer_config.json")  # fmt: skip
+    scratch = Path(tempfile.gettempdir())
+    with explain_write_errors(scratch), tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        write_config(source, folder)
+        for file, path in source.files.items():
+            (folder / file).symlink_to(path.resolve())
+        config, tokenizer = source.config, open_tokenizer(folder)
+        ends = [*_named_stops(folder, config), *stops]
+        vocabulary = vocabulary_metadata(tokenizer, config, ends, notes)
+        every: Any = vocabulary.get("tokenizer.ggml.eos_token_ids", ())
+        text = modelfile(
+            from_, tokenizer, _generation(folder), stops=every, adapter=adapter,
+            context=config.get("max_position_embeddings"), notes=notes,
+        )  # fmt: skip
+    return Words(vocabulary, text)
 
 
 def stored_blocks(
@@ -210,3 +225,15 @@ def write_gguf(plan: GGUFPlan, folder: Path, progress: Progress | None = None) -
     write_file(path, plan.header, plan.tensors, plan.produce, journal, progress)
     journal.close()
     return path
+
+
+def _named_stops(folder: Path, config: Mapping[str, Any]) -> list[int]:
+    """What generation_config.json, or else config.json, names as the end of a generation."""
+    named = (_generation(folder) or config).get("eos_token_id")
+    ends = named if isinstance(named, list) else [named]
+    return [token for token in ends if type(token) is int]
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    return read_json(path) if path.is_file() else {}

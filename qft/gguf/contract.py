@@ -73,7 +73,8 @@ class Architecture:
         None where GGUF has no name for it.
         """
         names = _names(self.name, self.layers(config))
-        return names.get_name(module, try_suffixes=(".weight", ".bias"))
+        found: str | None = names.get_name(module, try_suffixes=(".weight", ".bias"))
+        return found
 
     def tensor(self, source: RowSource, name: str, written: str, config: Config) -> Mapped:
         """A tensor of the checkpoint as it stands in the file."""
@@ -134,7 +135,7 @@ def whole_config(config: Config) -> dict[str, Any]:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ModelError("transformers does not know this model.", where="config.json",
                          found=f"model_type: {kind}")  # fmt: skip

@@ -64,7 +64,7 @@ class Gemma2(Decoder):
 
 
 class Gemma3(Gemma2):
-    """Gemma 3: norms on q and k, five layers of six with a window and a rotary base of their own."""
+    """Gemma 3: norms on q and k; most layers have a window and a rotary base of their own."""
 
     name = "gemma3"
     largest = 62

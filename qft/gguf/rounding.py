@@ -68,14 +68,19 @@ def _check(values: Tensor, kind: str) -> None:
                          fix="export to gguf:bf16 or gguf:f32")  # fmt: skip
 
 
-def _weights(importance: Tensor, width: int, block: int) -> Tensor:
-    """``[1, blocks, block]``, positive, the largest of each block 1: only ratios count."""
+def _weights(importance: Tensor, width: int, block: int) -> Tensor | None:
+    """``[1, blocks, block]``, positive, the largest of each block 1: only ratios count.
+
+    None where all columns are alike.
+    """
     values = importance.float()
     if values.shape != (width,) or not torch.isfinite(values).all() or (values < 0).any():
         raise ModelError(
             "An importance must be one finite number of at least 0 a column.",
             found=f"{list(values.shape)} for {width} columns, least {float(values.min()):.3g}",
         )
+    if float(values.min()) == float(values.max()):
+        return None
     blocks = values.reshape(1, -1, block)
     largest = blocks.amax(-1, keepdim=True)
     return torch.where(largest > 0, blocks / largest, 1.0).clamp_min(_LEAST_WEIGHT)

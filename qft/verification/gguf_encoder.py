@@ -14,7 +14,7 @@ from torch import nn
 
 from qft.errors import ModelError
 from qft.pooling import install_pooling
-from qft.verification.gguf_settings import OpenedGGUF, config_of, pooling_of
+from qft.verification.gguf_config import OpenedGGUF, config_of, pooling_of
 
 _EMBEDDINGS = {
     "token_embd": "embeddings.word_embeddings",

@@ -193,7 +193,7 @@ class Tables:
 def _allowed(token: str, entry: Any, bytes_too: bool) -> tuple[str, ...]:
     """The types a token may have, the best first."""
     if entry is not None and entry.get("special"):
-        return ("CONTROL", "UNKNOWN")
+        return ("CONTROL", "UNKNOWN", "UNUSED")
     if entry is not None:  # one that ends turns is no text
         return ("USER_DEFINED", "CONTROL", *(("NORMAL",) if _SPACE in token else ()))
     if bytes_too and len(token) == 6 and token.startswith("<0x"):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qft import models
 from qft.errors import ModelError, first_line
 from qft.onnx_files import onnx_file
+from qft.verification.gguf_config import OpenedGGUF, config_of
 from qft.verification.gguf_encoder import read_encoder
-from qft.verification.gguf_settings import OpenedGGUF, config_of
 from qft.verification.onnx_model import open_onnx
 
 _FIRST_BYTES = 4096  # of a file; its kind is told there
@@ -52,11 +52,30 @@ def read_back(
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file a path names or, as a folder without other weights, holds; or None."""
-    if path.suffix == ".gguf" and path.is_file():
-        return path
+    """The GGUF file a path names or, as a folder without other weights, holds; or None.
+
+    Raises:
+        ModelError: there is no such file, or the folder holds several.
+    """
+    if path.suffix == ".gguf" and not path.is_dir():
+        if path.is_file():
+            return path
+        raise ModelError("There is no such GGUF file.", where=path, found=_beside(path))
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0] if files and not any(path.glob("*.safetensors")) else None
+    if not files or any(path.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise ModelError("The folder holds several GGUF files.", where=path,
+                         found=", ".join(file.name for file in files[:8]),
+                         fix=f"name one of them: {files[0]}")  # fmt: skip
+    return files[0]
+
+
+def _beside(path: Path) -> str:
+    """What lies where a file was looked for."""
+    if not path.parent.is_dir():
+        return "its folder does not exist"
+    return ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) or "an empty folder"
 
 
 def is_adapter_file(file: Path) -> bool:

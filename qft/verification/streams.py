@@ -18,7 +18,7 @@ from qft.merging.tensors import ModuleTensors, tied_names
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context
 from qft.verification.adapter_file import AdapterFile
-from qft.verification.gguf_settings import OpenedGGUF, config_of
+from qft.verification.gguf_config import OpenedGGUF, config_of
 from qft.verification.read_back import GGUFTensors, SafetensorsFolder
 from qft.verification.subject import Subject
 

@@ -14,6 +14,7 @@ from torch import nn
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.errors import ModelError, RecipeError
+from qft.export.gguf_format import GGUF_TASK_KEY
 from qft.gguf.checked import check_file
 from qft.merging.side_files import side_files
 from qft.onnx_files import onnx_file
@@ -169,8 +170,22 @@ def locate(
     graph = onnx_file(path) if file is None else None
     held = file or graph
     folder = held.parent if held is not None else models.resolve_folder(str(source), trust)
-    config = models.read_config(folder) if (folder / "config.json").is_file() else {}
+    if (folder / "config.json").is_file():
+        config = models.read_config(folder)
+    else:
+        config = _config_inside(file) if file is not None else {}
     return of_model(folder, config, task, str(source), gguf=file, onnx=graph, trust=trust)
+
+
+def _config_inside(file: Path) -> dict[str, Any]:
+    """What a GGUF file without a config.json says of what its model was trained for."""
+    import gguf
+
+    try:
+        task = gguf.GGUFReader(file).fields.get(GGUF_TASK_KEY)
+        return {models.TASK_KEY: task.contents()} if task is not None else {}
+    except Exception:  # a broken file raises anything; whoever opens it says so
+        return {}
 
 
 def of_adapter(found: AdapterFolder, source: str | None = None) -> Subject:

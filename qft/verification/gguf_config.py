@@ -15,7 +15,6 @@ from typing import Any
 import gguf
 
 from qft.errors import ModelError
-from qft.gguf.checked import check_file
 
 RANK = 4  # llama.cpp's pooling type of a classifier
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", RANK: "rank"}
@@ -35,7 +34,6 @@ class OpenedGGUF:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        check_file(file)
         try:
             self._reader = gguf.GGUFReader(file)
         except Exception as error:  # broken files make it raise anything
@@ -102,7 +100,8 @@ def config_of(opened: OpenedGGUF) -> Any:
     kind, read = _READERS[opened.architecture]
     ids = {f"{ours}_token_id": opened.tokenizer(f"{theirs}_token_id")
            for theirs, ours in _SPECIAL.items()}  # fmt: skip
-    return CONFIG_MAPPING[kind](
+    described: Any = CONFIG_MAPPING[kind]
+    return described(
         **read(opened), **ids, vocab_size=opened.vocabulary(), name_or_path=str(opened.file),
         tie_word_embeddings="output.weight" not in opened.tensors,
     )  # fmt: skip
@@ -216,7 +215,7 @@ def _gpt2(opened: OpenedGGUF) -> dict[str, Any]:
 
 
 def _bert(opened: OpenedGGUF) -> dict[str, Any]:
-    values = {
+    values: dict[str, Any] = {
         "max_position_embeddings": int(opened.need("context_length")),
         "num_hidden_layers": int(opened.need("block_count")),
         "hidden_size": int(opened.need("embedding_length")),
