@@ -143,11 +143,8 @@ def test_the_table_of_formats_says_whose_rounding_fits_to_rows() -> None:
 
     rows = {row["name"]: row for row in format_table.format_table()}
     assert list(rows) == list(FORMATS)
-    fitted = {
-        name: rows[name]["fitted"]
-        for name in ("gguf:f16", "gguf:q4_k_m", "compressed-tensors:w4a16", "bnb:nf4")
-    }
-    assert fitted == {
+    expected = {
         "gguf:f16": "never", "gguf:q4_k_m": "asked", "compressed-tensors:w4a16": "always",
         "bnb:nf4": "never",
     }  # fmt: skip
+    assert {name: rows[name]["fitted"] for name in expected} == expected
