@@ -18,7 +18,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-test-slow: $(VENV)/.installed-dev
+# llama.cpp, the judge of GGUF files, is compiled once: several minutes.
+test-slow: $(VENV)/.installed-slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 # The contract on the oldest versions that pyproject.toml allows, in an environment of its own.
@@ -57,3 +58,7 @@ $(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[dev]"
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q -c $(CONSTRAINTS) -e ".[dev,gguf-test]"
+	@touch $@

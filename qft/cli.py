@@ -444,6 +444,20 @@ def export_model(
     data: Annotated[
         str | None, typer.Option("--data", help="Rows to compare on; a run knows its own.")
     ] = None,
+    calibrate: Annotated[
+        bool | None,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Fit the rounding to rows; else where the format gains much by it.",
+        ),
+    ] = None,
+    calibration_data: Annotated[
+        str | None,
+        typer.Option("--calibration-data", help="Those rows; a run takes its training rows."),
+    ] = None,
+    calibration_rows: Annotated[
+        int, typer.Option("--calibration-rows", min=1, help="At most so many of them.")
+    ] = 128,
     strategy: Named = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
@@ -463,6 +477,9 @@ def export_model(
         fuse=fuse,
         verify=verify,
         data=data,
+        calibrate=calibrate,
+        calibration_data=calibration_data,
+        calibration_rows=calibration_rows,
         strategy=strategy,
         overwrite=overwrite,
         reporter=_reporter(quiet, as_json),

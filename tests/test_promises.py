@@ -49,7 +49,7 @@ _PLACES = """
     distillation.cached distillation.teacher_texts distillation.teach
     merging.side_files merging.bnb_rounding merging.rounded_base merging.stored_base
     merging.tensors merging.tied merging.merge merging.several merging.together
-    quantized_linears layer_weights layer_stream
+    quantized_linears layer_weights layer_stream layer_inputs source_stream calibration
     pruning.sparsity pruning.smallest pruning.hessian pruning.sparsegpt
     pruning.layer_stream pruning.anatomy pruning.cut pruning.pruned_tensors pruning.calibration
     pruning.depth_scores pruning.width_scores pruning.targets pruning.score_store pruning.plan
@@ -61,12 +61,13 @@ _PLACES = """
     export.safetensors_format export.gguf_format export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.formats
-    verification.thresholds verification.onnx_model verification.read_back
-    verification.diagnosis verification.tally verification.subject verification.tensors_check
-    verification.tokens_check verification.stops verification.answers verification.listening
-    verification.verify verification.layerwise verification.streams verification.summary opening
-    written scoring verification.proof
-    export.right_base export.beside export.place export.proven export.delivery export healing
+    verification.thresholds verification.onnx_model
+    verification.read_back verification.diagnosis verification.tally
+    verification.subject verification.tensors_check verification.tokens_check verification.stops
+    verification.answers verification.listening verification.verify verification.layerwise
+    verification.streams verification.summary opening written scoring verification.proof
+    export.right_base export.calibration export.beside export.place export.proven
+    export.delivery export healing
     demo.docstrings demo.job
     cli
 """

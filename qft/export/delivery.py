@@ -15,9 +15,11 @@ import torch
 
 from qft import models
 from qft.adapter_folder import AdapterFolder
+from qft.calibration import Calibration
 from qft.data.tasks import ExampleSet
 from qft.errors import QftError, RecipeError
 from qft.export.beside import beside_bytes, write_beside
+from qft.export.calibration import calibration_for
 from qft.export.delta_rounding import DeltaRounding
 from qft.export.formats import ExportReport, require_known, write_format
 from qft.export.place import proven_first, require_place
@@ -139,6 +141,9 @@ def export(
     fuse: bool = False,
     verify: bool = True,
     data: str | None = None,
+    calibrate: bool | None = None,
+    calibration_data: str | None = None,
+    calibration_rows: int = 128,
     strategy: str | None = None,
     overwrite: bool = False,
     reporter: Reporter = QUIET,
@@ -155,6 +160,10 @@ def export(
             always.
         verify: open the result and compare it with the model it was made from.
         data: rows to compare on; a run knows its own.
+        calibrate: fit the rounding to rows; None does so where the format gains much by it and
+            there are rows.
+        calibration_data: those rows; a run takes its own training rows.
+        calibration_rows: at most so many of them.
 
     Returns:
         What was written; ``base`` as for :func:`merge`; ``delta_rounding``: what a bnb format left
@@ -172,9 +181,12 @@ def export(
     reference = locate(source, base=base, strategy=strategy)
     require_place(reference, Path(out), overwrite)
     rows = _rows(reference, data, "--no-verify") if verify else None
+    calibration = calibration_for(
+        reference, format, calibrate, calibration_data, calibration_rows, reporter
+    )
     choice = _export_choice(reference, format, onto, fuse, rows, data, reporter)
     with proven_first(Path(out), overwrite and verify) as target:
-        written = _write(reference, choice, format, target, overwrite, reporter)
+        written = _write(reference, choice, format, target, calibration, overwrite, reporter)
         beside = choice is not None and choice.onto == BESIDE
         complete_stops(reference, target / "base" if beside else target)
         reporter.say(f"{format}: {human_bytes(written.bytes)} in {written.path}")
@@ -261,6 +273,7 @@ def _write(
     choice: BaseChoice | None,
     format: str,
     target: Path,
+    calibration: Calibration | None,
     overwrite: bool,
     reporter: Reporter,
 ) -> ExportReport:
@@ -276,7 +289,8 @@ def _write(
         folder = reference.folder
         tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
     with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
-        written = write_format(tensors, format, target, overwrite=overwrite, progress=bar.advance)
+        written = write_format(tensors, format, target, calibration=calibration,
+                               overwrite=overwrite, progress=bar.advance)  # fmt: skip
     tensors.close()
     return written
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qft.calibration import Calibration
 from qft.errors import RecipeError
 from qft.export.delta_rounding import DeltaRounding
 from qft.files import new_folder, require_absent, require_disk
 from qft.merging.merge import Progress, write_model
 from qft.merging.side_files import files_bytes
-from qft.merging.tensors import RowSource, TensorSource
+from qft.merging.tensors import MergedTensors, TensorSource
 from qft.shard_writer import MAX_SHARD_BYTES
 from qft.shards import tensor_bytes
 
@@ -27,6 +28,9 @@ FORMATS = {
     "onnx:fp32": "onnxruntime, encoders only, 32 bits",
     "onnx:int8": "onnxruntime, encoders only, 8 bits",
 }
+
+# Families whose rounding can be fitted to rows → whether it is, unless the user says otherwise.
+FITTED: dict[str, bool] = {}
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,12 @@ class ExportReport:
 
 
 def write_format(
-    source: RowSource,
+    source: MergedTensors,
     format: str,
     out: Path | str,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -64,6 +69,7 @@ def write_format(
         format: a key of FORMATS.
         out: the folder to make; a GGUF file lies in it beside its tokenizer and config.
         max_shard_bytes: larger models are split (not GGUF).
+        calibration: rows to fit the rounding to, for a format that :func:`fits_to_rows`.
         overwrite: replace what ``out`` holds, once the new one is complete.
         progress: called with the source's bytes done; they add up to the source's own total.
 
@@ -130,6 +136,11 @@ def _scaled(progress: Progress | None, written: int, total: int) -> Progress | N
         progress(done * total // max(1, written) - before * total // max(1, written))
 
     return advance
+
+
+def fits_to_rows(format: str) -> bool:
+    """Whether the rounding of a format can be fitted to rows."""
+    return format.split(":")[0] in FITTED
 
 
 def require_known(format: str) -> None:

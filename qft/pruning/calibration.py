@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from qft import models
+from qft.calibration import collated, drawn
 from qft.data.examples import fingerprint
 from qft.data.tasks import TASKS, Example, ExampleSet, Task, load_train_eval, pad_id
 from qft.errors import RecipeError
 from qft.recipe import build_recipe
 
 HELD_OUT_SHARE = 0.2  # of a calibration file without a file of held-out rows beside it
-_BATCH_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,9 @@ class CalibrationRows:
     labels: tuple[str, ...] | None
     notes: list[str]
 
-    def batches(self, rows: int = _BATCH_ROWS) -> list[dict[str, Tensor]]:
+    def batches(self) -> list[dict[str, Tensor]]:
         """The scored rows collated, like lengths together; the longest first."""
-        ordered = sorted(self.scored, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
-        parts = [ordered[start : start + rows] for start in range(0, len(ordered), rows)]
-        return [self.task.collate(part, self.pad_token_id) for part in parts]
+        return collated(self.task, self.scored, self.pad_token_id)
 
     def fingerprints(self) -> dict[str, str]:
         """Of both kinds of rows, as they are encoded."""
@@ -102,8 +99,8 @@ def open_rows(
     return CalibrationRows(
         TASKS[task],
         pad_id(tokenizer),
-        _drawn(scored.examples, rows, seed),
-        _drawn(apart, held_out_rows, seed + 1),
+        drawn(scored.examples, rows, seed),
+        drawn(apart, held_out_rows, seed + 1),
         scored.labels,
         [*scored.notes, *notes],
     )
@@ -111,14 +108,6 @@ def open_rows(
 
 def _is_placeholder(labels: Sequence[str]) -> bool:
     return all(label == f"LABEL_{number}" for number, label in enumerate(labels))
-
-
-def _drawn(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """At most ``count`` of them, drawn by the seed, in their order."""
-    if len(examples) <= count:
-        return list(examples)
-    chosen = sorted(random.Random(seed).sample(range(len(examples)), count))
-    return [examples[place] for place in chosen]
 
 
 def _without_repeats(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qft.errors import ModelError
 from qft.files import manifest_problem, new_folder, write_manifest
+from qft.layer_inputs import observe_inputs, run_watched, text_rows
 from qft.layer_stream import StreamedLayer
 from qft.progress import QUIET, Reporter
 from qft.pruning.anatomy import Anatomy, Piece
@@ -134,15 +135,11 @@ def by_wanda(layer: StreamedLayer, weights: LayerWeights, sparsity: Sparsity) ->
     """One pass for the lengths of all inputs of the layer, as the paper has it."""
     squares: dict[str, Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def before(module: Any, arguments: tuple[Tensor, ...]) -> None:
-            for text in _texts(arguments[0], layer.tokens):
-                length = torch.linalg.vector_norm(text, dim=0, dtype=torch.float32)
-                squares[name] = squares.get(name, 0) + length.double().square()
+    def add(name: str, text: Tensor) -> None:
+        length = torch.linalg.vector_norm(text, dim=0, dtype=torch.float32)
+        squares[name] = squares.get(name, 0) + length.double().square()
 
-        return before
-
-    _run_watched(layer, weights.linears, watch)
+    observe_inputs(layer, weights.linears, add)
     for name in weights.linears:
         if name not in squares:
             raise _never_used(name)
@@ -167,7 +164,7 @@ def by_sparsegpt(layer: StreamedLayer, weights: LayerWeights, sparsity: Sparsity
     left = dict(weights.linears)
     while left:
         group = _Group(layer)
-        _run_watched(layer, left, group.watch)
+        run_watched(layer, left, group.watch)
         if not group.names:
             raise _never_used(next(iter(left)))
         _prune_group(group, weights, sparsity)
@@ -211,35 +208,10 @@ class _Group:
                 self.names.append(name)
                 self.hessian = new_hessian(x.shape[-1], x.device)
             self._input = x
-            for text in _texts(x, self._layer.tokens):
+            for text in text_rows(x, self._layer.tokens):
                 add_inputs_(self.hessian, text)
 
         return before
-
-
-def _run_watched(
-    layer: StreamedLayer,
-    linears: Mapping[str, nn.Linear],
-    watch: Callable[[str], Callable[..., None]],
-) -> None:
-    hooks = [m.register_forward_pre_hook(watch(name)) for name, m in linears.items()]
-    try:
-        layer.run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _texts(x: Tensor, tokens: Tensor) -> Iterator[Tensor]:
-    """The inputs at positions that are text, ``[tokens, in]``, a row at a time.
-
-    An expert is given some tokens of a batch, which may be padding or not.
-    """
-    if x.numel() // x.shape[-1] != tokens.numel():
-        yield x.reshape(-1, x.shape[-1])
-        return
-    for row, text in zip(x.reshape(*tokens.shape, -1), tokens, strict=True):
-        yield row if bool(text.all()) else row[text]
 
 
 def _never_used(name: str) -> ModelError:
