@@ -239,6 +239,20 @@ def test_swapped_scales_of_a_k_quant(assets: Path, tmp_path: Path) -> None:
     assert "scales" in str(error.fix)
 
 
+def test_two_bare_files_are_compared_table_by_table(
+    reference: Path, good: Path, data: str, tmp_path: Path
+) -> None:
+    first, second = (Path(shutil.copy(good, tmp_path / name)) for name in ("a.gguf", "b.gguf"))
+    for path in (first, second):
+        (tmp_path / path.stem).mkdir()
+    first = first.rename(tmp_path / "a" / "m.gguf")
+    second = second.rename(tmp_path / "b" / "m.gguf")
+    find = lambda: check_words(locate(first), locate(second), locate(first).tokenizer(), [])[0]  # noqa: E731
+    assert find() == []
+    edit(second, set_to("tokenizer.ggml.pre", "gpt-2"))
+    assert [finding.text for finding in find()] == ["the GGUF file has another tokenizer.ggml.pre"]
+
+
 def test_llama_cpp_is_asked_where_it_is_there(
     reference: Path, copied: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
