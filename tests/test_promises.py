@@ -70,7 +70,7 @@ _PLACES = """
     export.delta_rounding export.layer_rows export.bnb_format
     export.integer_rounding export.error_compensation export.integer_plan
     export.compressed_schemes export.torchao_format
-    export.formats
+    export.writers export.formats
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file
