@@ -35,9 +35,12 @@ AUTO_CLASSES = {
     "classify": "AutoModelForSequenceClassification",
     "extract": "AutoModelForQuestionAnswering",
     "token": "AutoModelForTokenClassification",
+    "embed": "AutoModel",  # an encoder without a head; nothing trains it as such
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
+COMPRESSED = "compressed-tensors"  # vLLM's format, as a quantization config calls itself
+_KEPT_BY = {COMPRESSED: "ignore", "torchao": "modules_to_not_convert"}
 TASK_KEY = "qft_task"  # in a delivered model's config.json: what it was trained for
 _HEAD_CLASSES = {
     "classify": "ForSequenceClassification",
@@ -100,7 +103,8 @@ def resolve_folder(source: str, trust: Trust | None = None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         if not path.is_dir():
-            raise ModelError("A model is a folder, not a file.", where=source)
+            raise ModelError("A model is a folder or a .gguf file.", where=source,
+                             fix="name the folder it lies in")  # fmt: skip
         return path
     if not _HUB_ID.match(source):
         near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
@@ -241,14 +245,24 @@ def task_of(config: Mapping[str, Any]) -> str:
 
 def task_to_train(config: Mapping[str, Any]) -> str:
     """What a model is most likely trained for: an encoder that does not say so, to classify."""
+    task = task_of(config)
+    said = config.get(TASK_KEY) == task
+    return "classify" if task == "text" and is_encoder(config) and not said else task
+
+
+def task_to_run(config: Mapping[str, Any]) -> str:
+    """What a finished model does: an encoder without a head gives vectors."""
+    task = task_of(config)
+    return "embed" if task == "text" and is_encoder(config) else task
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json's model reads a text from both sides, as BERT does."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    task = task_of(config)
     named = str((config.get("architectures") or [""])[0])
     writes = config.get("is_decoder") or named.endswith(("ForCausalLM", "LMHeadModel"))
-    said = config.get(TASK_KEY) == task
-    encoder = config.get("model_type") in MASKED and not writes and not said
-    return "classify" if task == "text" and encoder else task
+    return config.get("model_type") in MASKED and not writes
 
 
 def labels_in(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str]:
@@ -385,6 +399,9 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     dtype = spec.dtype or chosen.dtype
     config = open_config(folder, spec)
     stored = getattr(config, "quantization_config", None)
+    compressed = stored is not None and stored_kind(stored) == COMPRESSED
+    if stored is not None:
+        quantization.require_library(stored_kind(stored), folder)
     kept = unquantized_in(folder, spec, keep)
     settings = None
     if stored is None:
@@ -408,6 +425,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
             raise _no_such_class(folder, spec, error) from error
         raise
     _require_loaded(model, report["missing_keys"], folder)
+    if compressed:
+        quantization.decompress_(model)
     if not (settings or stored):
         model.to(chosen.device)
     quantization.guard_cpu_kernels(model)
@@ -503,7 +522,8 @@ def _keep_new_heads(folder: Path, spec: ModelSpec, stored: Any) -> None:
     checkpoint.close()
     kept = quantization.unquantized_modules(open_skeleton(folder, spec))
     new = [head for head in kept if not any(name.startswith(f"{head}.") for name in names)]
-    stored["llm_int8_skip_modules"] = sorted({*(stored.get("llm_int8_skip_modules") or []), *new})
+    kept_by = _KEPT_BY.get(stored_kind(stored), "llm_int8_skip_modules")
+    stored[kept_by] = sorted({*(stored.get(kept_by) or []), *new})
 
 
 def stored_kind(stored: Any) -> str:

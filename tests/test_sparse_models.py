@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import qft
 from qft.errors import ModelError, RecipeError
+from qft.input_hessian import add_inputs_, factorise_, new_hessian
 from qft.lean.meter import Meter, meter
 from qft.models import ModelSpec
 from qft.pruning import smallest, zeros
 from qft.pruning.anatomy import open_anatomy
-from qft.pruning.hessian import add_inputs_, factorise_, new_hessian
 from qft.pruning.smallest import prune_by_magnitude_, prune_by_wanda_
 from qft.pruning.sparse_layers import by_sparsegpt, by_wanda, prune_layers
 from qft.pruning.sparse_targets import sparse_targets

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qft import input_hessian as hessians
 from qft.errors import ModelError, RecipeError
+from qft.input_hessian import Factor, add_inputs_, factorise_, new_hessian
 from qft.lean.meter import meter
-from qft.pruning import hessian as hessians
 from qft.pruning import smallest as smallest_weights
-from qft.pruning.hessian import Factor, add_inputs_, factorise_, new_hessian
 from qft.pruning.smallest import prune_by_magnitude_, prune_by_wanda_
 from qft.pruning.sparsegpt import prune_by_sparsegpt_
 from qft.pruning.sparsity import Sparsity, parse_sparsity

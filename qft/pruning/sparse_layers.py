@@ -13,18 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qft.errors import ModelError
 from qft.files import manifest_problem, new_folder, write_manifest
-from qft.layer_inputs import observe_inputs, run_watched, text_rows
+from qft.input_groups import input_groups
+from qft.input_hessian import factorise_
+from qft.layer_inputs import observe_inputs
 from qft.layer_stream import StreamedLayer
 from qft.progress import QUIET, Reporter
 from qft.pruning.anatomy import Anatomy, Piece
-from qft.pruning.hessian import add_inputs_, factorise_, new_hessian
 from qft.pruning.layer_stream import stream_layers
 from qft.pruning.smallest import prune_by_wanda_
 from qft.pruning.sparsegpt import prune_by_sparsegpt_
@@ -156,62 +156,17 @@ def by_wanda(layer: StreamedLayer, weights: LayerWeights, sparsity: Sparsity) ->
 
 @torch.no_grad()
 def by_sparsegpt(layer: StreamedLayer, weights: LayerWeights, sparsity: Sparsity) -> None:
-    """A pass a group of linear layers with the same input, in the order in which they are called.
-
-    So one Hessian is there at a time, and a group sees what those before it make of their inputs
-    once they are pruned.
-    """
-    left = dict(weights.linears)
-    while left:
-        group = _Group(layer)
-        run_watched(layer, left, group.watch)
-        if not group.names:
-            raise _never_used(next(iter(left)))
-        _prune_group(group, weights, sparsity)
+    """A pass a group of linear layers with the same input; see `qft.input_groups`."""
+    never_used = dict.fromkeys(weights.linears)
+    for group in input_groups(layer, weights.linears):
+        factor = factorise_(group.taken(), group.names[0])
         for name in group.names:
-            del left[name]
-
-
-def _prune_group(group: _Group, weights: LayerWeights, sparsity: Sparsity) -> None:
-    """Prunes all that reads one input; the Hessian is gone when it is done."""
-    factor = factorise_(group.taken(), group.names[0])
-    for name in group.names:
-        prune = partial(prune_by_sparsegpt_, factor=factor, sparsity=sparsity, name=name)
-        weights.change(name, prune)
-
-
-class _Group:
-    """The first linear layer that is called, and those that are given the very same tensor."""
-
-    def __init__(self, layer: StreamedLayer) -> None:
-        self._layer = layer
-        self._input: Tensor | None = None
-        self.names: list[str] = []
-        self.hessian: Tensor | None = None
-
-    def taken(self) -> Tensor:
-        """The Hessian; the group holds nothing of that size any more."""
-        assert self.hessian is not None
-        hessian, self.hessian, self._input = self.hessian, None, None
-        return hessian
-
-    def watch(self, name: str) -> Callable[..., None]:
-        """A hook for a linear layer."""
-
-        def before(module: Any, arguments: tuple[Tensor, ...]) -> None:
-            x = arguments[0]
-            if self.names and name != self.names[0]:
-                if x is self._input and name not in self.names:
-                    self.names.append(name)
-                return
-            if self.hessian is None:
-                self.names.append(name)
-                self.hessian = new_hessian(x.shape[-1], x.device)
-            self._input = x
-            for text in text_rows(x, self._layer.tokens):
-                add_inputs_(self.hessian, text)
-
-        return before
+            prune = partial(prune_by_sparsegpt_, factor=factor, sparsity=sparsity, name=name)
+            weights.change(name, prune)
+            del never_used[name]
+        del factor  # before the next group's Hessian is gathered
+    for name in never_used:
+        raise _never_used(name)
 
 
 def _never_used(name: str) -> ModelError:

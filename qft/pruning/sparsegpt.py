@@ -8,7 +8,7 @@ triangular, the columns are worked off from the left:
 
 Source: Frantar & Alistarh 2023, https://arxiv.org/abs/2301.00774. There U comes of two
 factorisations with an inversion in between, three matrices of H's size. Here H is kept with its
-columns in reverse order (`qft.pruning.hessian`): the factor of that, inverted, is U in reverse
+columns in reverse order (`qft.input_hessian`): the factor of that, inverted, is U in reverse
 order, so one factorisation is enough, and it happens within H. Of U there is one strip of rows at a
 time.
 """
@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qft.column_sweep import sweep_
 from qft.errors import ModelError
-from qft.pruning.hessian import Factor, inverse_rows
+from qft.input_hessian import Factor
 from qft.pruning.smallest import smallest
 from qft.pruning.sparsity import Sparsity
 
@@ -39,7 +40,7 @@ def prune_by_sparsegpt_(
 
     Args:
         weight: ``[out, in]``; computed in float32 whatever it is stored as.
-        factor: of the Hessian of its inputs (`qft.pruning.hessian.factorise_`).
+        factor: of the Hessian of its inputs (`qft.input_hessian.factorise_`).
         sparsity: a share is taken of each ``mask_block`` columns together.
         name: of the tensor, for an error.
         mask_block: columns that are compared with one another where there is no pattern.
@@ -53,13 +54,7 @@ def prune_by_sparsegpt_(
     step = -(-block // compared) * compared
     work = weight.float()  # the very same tensor where it is float32
     work.masked_fill_(factor.dead, 0)  # on an input that is always zero any weight will do
-    for begin in range(0, work.shape[1], step):
-        end = min(begin + step, work.shape[1])
-        rows = inverse_rows(factor, begin, end)  # U[begin:end, begin:]
-        columns = work[:, begin:end].t().contiguous()
-        errors = _prune_block_(columns, rows[:, : end - begin], sparsity, compared)
-        work[:, begin:end] = columns.t()
-        work[:, end:].addmm_(errors.t(), rows[:, end - begin :], alpha=-1)
+    sweep_(work, factor, step, _Pruned(sparsity, compared))
     if work is not weight:
         weight.copy_(work)
     if not all(bool(torch.isfinite(rows).all()) for rows in weight.split(BLOCK)):
@@ -70,27 +65,19 @@ def prune_by_sparsegpt_(
         )
 
 
-def _prune_block_(columns: Tensor, rows: Tensor, sparsity: Sparsity, compared: int) -> Tensor:
-    """Prunes some columns in place.
+class _Pruned:
+    """What stays of a column, as :func:`qft.column_sweep.sweep_` asks for it."""
 
-    Args:
-        columns: ``[block, out]``: each of the weight's columns is a row here, for speed.
-        rows: ``[block, block]`` of U.
+    def __init__(self, sparsity: Sparsity, compared: int) -> None:
+        self._sparsity, self._compared = sparsity, compared
+        self._goes = torch.zeros(0)
 
-    Returns:
-        ``[block, out]``: what each pruned weight was, over ``U_jj``; zero where nothing went.
-    """
-    errors = torch.zeros_like(columns)
-    pivots = rows.diagonal()
-    goes = torch.zeros(0)
-    for at, column in enumerate(columns):
-        if at % compared == 0:
-            goes = _choose(columns[at : at + compared], pivots[at : at + compared], sparsity)
-        gone = goes[at % compared]
-        errors[at] = torch.where(gone, column / pivots[at], 0)
-        columns[at:].addr_(rows[at, at:], errors[at], alpha=-1)
-        column.masked_fill_(gone, 0)
-    return errors
+    def __call__(self, begin: int, at: int, columns: Tensor, pivots: Tensor) -> Tensor:
+        place = at % self._compared
+        if place == 0:
+            part = slice(at, at + self._compared)
+            self._goes = _choose(columns[part], pivots[part], self._sparsity)
+        return columns[at].masked_fill(self._goes[place], 0)
 
 
 def _choose(columns: Tensor, pivots: Tensor, sparsity: Sparsity) -> Tensor:

@@ -15,18 +15,21 @@ from qft.errors import ModelError
 from qft.verification.diagnosis import Finding
 from qft.verification.subject import Subject
 
+_KNOWN = ("int8", "nf4", "fp4", models.COMPRESSED, "torchao")
+_PACKED = (".weight_packed", "._weight_qdata")  # what stands for a weight of the last two
 _ROWS = 4096  # of two tensors compared at a time
 
 
 def check_tensors(artefact: Subject) -> list[Finding]:
     """What is missing in a model folder, or told to be one tensor and stored as two.
 
-    A GGUF file's loader says itself what it misses, and other packed formats name their tensors in
-    ways of their own: nothing is checked there.
+    A GGUF or ONNX file's loader says itself what it misses, and other packed formats name their
+    tensors in ways of their own: nothing is checked there.
     """
     stored = artefact.config().get("quantization_config")
-    known = not stored or models.stored_kind(stored) in ("int8", "nf4", "fp4")
-    if artefact.gguf is not None or artefact.adapter is not None or not known:
+    known = not stored or models.stored_kind(stored) in _KNOWN
+    whole = artefact.gguf or artefact.onnx or artefact.adapter
+    if whole is not None or not known:
         return []
     models.check_folder(artefact.folder, artefact.spec.trust)
     skeleton = models.open_skeleton(artefact.folder, artefact.spec)
@@ -36,6 +39,7 @@ def check_tensors(artefact: Subject) -> list[Finding]:
 
 def _missing(skeleton: nn.Module, names: dict[str, str], folder: Path) -> list[Finding]:
     held = set(names.values())
+    held |= {name.replace(end, ".weight") for name in held for end in _PACKED}
     tied: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", None) or {}
     held |= {one for pair in tied.items() if set(pair) & held for one in pair}
     lost = sorted(set(skeleton.state_dict()) - held)

@@ -12,7 +12,10 @@ import torch
 
 from qft import models
 from qft.errors import RecipeError
+from qft.export.compressed_schemes import scheme_in
+from qft.export.torchao_format import is_int8
 from qft.gguf.mixes import MIXES
+from qft.onnx_files import stored_kind
 from qft.shards import ShardedCheckpoint
 
 
@@ -60,11 +63,20 @@ THRESHOLDS = {
     "gguf:q3_k_m": Thresholds(0.3, 2.0, 0.60, 1.20, 0.2),
     "gguf:q3_k_s": Thresholds(0.35, 2.5, 0.55, 1.25, 0.25),
     "gguf:q2_k": Thresholds(0.5, 3.0, 0.50, 1.35, 0.4),
+    "gguf-lora:f32": Thresholds(1e-5, 1e-4, 0.999, 1.001, 5e-5),
+    "gguf-lora:f16": Thresholds(1e-3, 1e-2, 0.98, 1.01, 1.5e-3),
+    "gguf-lora:q8_0": Thresholds(1e-2, 1e-1, 0.95, 1.02, 2.5e-2),
     "bnb:int8": Thresholds(3e-2, 3e-1, 0.90, 1.05, 5e-2),
     "bnb:nf4": Thresholds(0.15, 1.5, 0.75, 1.15, 0.3),
+    "compressed-tensors:w4a16": Thresholds(0.15, 1.5, 0.75, 1.25, 0.3),
+    "compressed-tensors:w8a16": Thresholds(5e-3, 5e-2, 0.95, 1.02, 2e-2),
+    "compressed-tensors:w8a8": Thresholds(1e-2, 1e-1, 0.92, 1.03, 5e-2),
+    "torchao:int8": Thresholds(5e-3, 5e-2, 0.95, 1.02, 2e-2),
     "safetensors:fp32": Thresholds(1e-5, 1e-4, 0.999, 1.001, 5e-5),
     "safetensors:fp16": Thresholds(1e-3, 1e-2, 0.98, 1.01, 1.5e-3),
     "safetensors:bf16": Thresholds(5e-3, 5e-2, 0.95, 1.02, 2e-2),
+    "onnx:fp32": Thresholds(1e-5, 1e-4, 0.999, 1.001, 5e-5),
+    "onnx:int8": Thresholds(3e-2, 3e-1, 0.90, 1.05, 0.4),
 }
 _STORED = {
     torch.float32: "safetensors:fp32",
@@ -116,17 +128,23 @@ def limits(format: str, quantized: Iterable[str], dtype: torch.dtype) -> Thresho
     )
 
 
-def stored_format(folder: Path, gguf: Path | None = None) -> str:
-    """The format of a model folder or GGUF file, as it says itself.
+def stored_format(folder: Path, gguf: Path | None = None, onnx: Path | None = None) -> str:
+    """The format of a model folder, GGUF or ONNX file, as it says itself.
 
     By a config's quantization, a GGUF file's ``general.file_type``, else by the type that most
     bytes have.
     """
     if gguf is not None:
         return f"gguf:{_gguf_type(gguf)}"
+    if onnx is not None:
+        return f"onnx:{stored_kind(onnx)}"
     stored = models.read_config(folder).get("quantization_config")
     if stored:
         kind = models.stored_kind(stored)
+        if kind == models.COMPRESSED:
+            return f"{kind}:{scheme_in(stored) or 'unknown'}"
+        if kind == "torchao":
+            return f"{kind}:int8" if is_int8(stored) else f"{kind}:unknown"
         return f"bnb:{kind}" if kind in ("int8", "nf4", "fp4") else kind
     sizes: Counter[torch.dtype] = Counter()
     with ShardedCheckpoint(folder) as checkpoint:

@@ -21,7 +21,7 @@ _RAISES = 4  # times that the damping grows tenfold before the matrix is given u
 
 @dataclass(frozen=True)
 class Factor:
-    """What is left of a Hessian once it is factorised; several matrices may be pruned by it.
+    """What is left of a Hessian once it is factorised; several matrices may be worked by it.
 
     Attributes:
         matrix: L in the lower half, columns in reverse order.
@@ -47,7 +47,12 @@ def add_inputs_(hessian: Tensor, x: Tensor) -> None:
     hessian.addmm_(reversed_x.t(), reversed_x)
 
 
-def factorise_(hessian: Tensor, name: str = "weight", damping: float = 0.01) -> Factor:
+def factorise_(
+    hessian: Tensor,
+    name: str = "weight",
+    damping: float = 0.01,
+    instead: str = "--method wanda",
+) -> Factor:
     """Writes L over the lower half, with damping on the diagonal; the Hessian is used up.
 
     Where a column was always zero, its diagonal becomes one first: it hangs together with nothing.
@@ -56,6 +61,7 @@ def factorise_(hessian: Tensor, name: str = "weight", damping: float = 0.01) -> 
         name: of a tensor, for an error.
         damping: share of the mean diagonal that is added to it; raised tenfold where it was not
             enough.
+        instead: what a user can do without a Hessian, for an error.
 
     Raises:
         ModelError: not finite, or singular in spite of all damping.
@@ -79,7 +85,7 @@ def factorise_(hessian: Tensor, name: str = "weight", damping: float = 0.01) -> 
         "The Hessian of the layer's inputs cannot be inverted.",
         where=name,
         found=f"singular even with {damping * 10 ** (_RAISES - 1):g} of its mean on the diagonal",
-        fix="more or other calibration rows, or --method wanda",
+        fix=f"more or other calibration rows, or {instead}",
     )
 
 
