@@ -169,5 +169,6 @@ def test_every_mix_runs_in_llama_cpp_as_it_is_read_by_gguf(
         expected = read(torch.tensor([ids])).logits[0].log_softmax(-1)
     found = runner.log_probabilities(ids)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
-    exact = {"f32": 1e-6, "f16": 1e-5, "bf16": 2e-3}  # the others' activations are rounded too
+    # llama.cpp keeps keys and values in float16, and rounds what meets quantized weights.
+    exact = {"f32": 2e-5, "f16": 2e-5, "bf16": 2e-3}
     assert kl < exact.get(mix, 5e-3)
