@@ -32,18 +32,34 @@ class Case:
         loss: how far the loss may be from the trained model's, in nats.
         writes: whether it holds decoders, which write.
         reads: whether it holds encoders with a head, which answer.
+        alike: opened by the very code of another format; the long checks are for `make test-slow`.
     """
 
     loss: float
     writes: bool = True
     reads: bool = True
+    alike: bool = False
 
 
 CASES = {
-    "gguf:f32": Case(1e-4, reads=False),
-    "gguf:f16": Case(1e-3, reads=False),
-    "gguf:bf16": Case(5e-3, reads=False),
+    "gguf:f32": Case(1e-4, reads=False, alike=True),
+    "gguf:f16": Case(1e-3, reads=False, alike=True),
+    "gguf:bf16": Case(5e-3, reads=False, alike=True),
     "gguf:q8_0": Case(5e-3, reads=False),
+    "gguf:q6_k": Case(1e-2, reads=False, alike=True),
+    "gguf:q5_k_m": Case(3e-2, reads=False, alike=True),
+    "gguf:q5_k_s": Case(3e-2, reads=False, alike=True),
+    "gguf:q4_k_m": Case(0.1, reads=False),
+    "gguf:q4_k_s": Case(0.1, reads=False, alike=True),
+    "gguf:q3_k_l": Case(0.2, reads=False, alike=True),
+    "gguf:q3_k_m": Case(0.2, reads=False, alike=True),
+    "gguf:q3_k_s": Case(0.2, reads=False, alike=True),
+    "gguf:q2_k": Case(0.5, reads=False, alike=True),
+    "gguf:iq4_nl": Case(0.1, reads=False, alike=True),
+    "gguf:q4_0": Case(0.1, reads=False, alike=True),
+    "gguf:q4_1": Case(0.1, reads=False, alike=True),
+    "gguf:q5_0": Case(5e-2, reads=False, alike=True),
+    "gguf:q5_1": Case(5e-2, reads=False, alike=True),
     "bnb:nf4": Case(0.2),
     "bnb:int8": Case(2e-2),
     "safetensors:bf16": Case(5e-3),
@@ -58,8 +74,12 @@ END = "<|turn|>"
 Run = Callable[..., tuple[int, str, str]]
 
 
-def formats(kind: str) -> list[str]:
-    return [name for name, case in CASES.items() if getattr(case, kind)]
+def formats(kind: str, *, long: bool = False) -> list[Any]:
+    """Those of a kind; what is alike is marked slow where the check is a long one."""
+    return [
+        pytest.param(name, marks=[pytest.mark.slow] if long and case.alike else [])
+        for name, case in CASES.items() if getattr(case, kind)
+    ]  # fmt: skip
 
 
 def test_every_format_has_a_case() -> None:
@@ -171,14 +191,14 @@ def test_it_writes_and_stops(command: Run, exported: Any, format: str) -> None:
     assert ("dequantized" in err) == format.startswith("gguf")
 
 
-@pytest.mark.parametrize("format", formats("writes"))
+@pytest.mark.parametrize("format", formats("writes", long=True))
 def test_it_talks_and_stops(command: Run, exported: Any, format: str) -> None:
     said = ("hi", "well")
     code, out, _ = command("chat", exported(format), "--temperature", "0", said=said)
     assert (code, out) == (0, "model: ok\nmodel: ok\n\n")
 
 
-@pytest.mark.parametrize("format", formats("writes"))
+@pytest.mark.parametrize("format", formats("writes", long=True))
 def test_it_is_judged(command: Run, exported: Any, rows: Path, loss: float, format: str) -> None:
     code, out, err = command(
         "eval", exported(format), "--data", rows, "--dtype", "float32", "--json", "--generate",

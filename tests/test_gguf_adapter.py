@@ -210,6 +210,16 @@ def test_an_update_of_adalora_is_written_too(tmp_path):
     assert (found - wanted).abs().max() < 2e-4
 
 
+def test_ollama_is_told_of_base_and_adapter(tmp_path):
+    made = make(tmp_path, target_modules=["q_proj"])
+    export(made, tmp_path / "out", format="gguf-lora:f16")
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    told = [line for line in lines if not line.startswith("#")]
+    assert told[:2] == ["FROM ./model-q8_0.gguf", "ADAPTER ./adapter-f16.gguf"]
+    assert any(line.startswith("PARAMETER stop ") for line in told)
+    assert any("--format gguf:q8_0" in line for line in lines if line.startswith("#"))
+
+
 # --- what is refused
 
 

@@ -15,6 +15,7 @@ from qft.errors import ModelError
 from qft.files import explain_write_errors, read_json
 from qft.gguf.architectures import architecture_of
 from qft.gguf.file import StoredAs, Value, data_bytes, header, write_file
+from qft.gguf.importance import Importance
 from qft.gguf.mixes import MIXES, choose_types, fall_backs
 from qft.gguf.modelfile import modelfile
 from qft.gguf.naming import naming
@@ -38,8 +39,8 @@ class GGUFPlan:
     Args:
         source: the model.
         mix: a key of :data:`qft.gguf.mixes.MIXES`.
-        importance: a tensor of the checkpoint → how much an error in each of its columns weighs,
-            ``[width]``; tensors without one are rounded with all columns alike.
+        importance: how much an error in each column weighs; tensors without one are rounded with
+            all columns alike.
         stops: tokens that must end a generation, beside those the source's own files name.
 
     Attributes:
@@ -56,10 +57,12 @@ class GGUFPlan:
         self,
         source: RowSource,
         mix: str,
-        importance: Mapping[str, Tensor] | None = None,
+        importance: Importance | None = None,
         stops: Sequence[int] = (),
     ) -> None:
-        self.source, self.mix, self.importance = source, mix, importance or {}
+        self.source, self.mix = source, mix
+        self.importance: Mapping[str, Tensor] = importance.columns if importance else {}
+        self._imatrix = importance.metadata() if importance else {}
         self.architecture = architecture_of(source.config)
         mapped = self.architecture.tensors(source)
         self._mapped = {tensor.name: tensor for tensor in mapped}
@@ -74,6 +77,7 @@ class GGUFPlan:
         self.fall_backs = fall_backs(self._choices, facts)
         fell = [fall_back.text() for fall_back in self.fall_backs]
         self.notes = [*self.architecture.notes(source.config), *fell]
+        self.notes += [importance.text()] if importance else []
         words = words_of(source, f"./{self.file_name}", stops, self.notes)
         self.modelfile = words.modelfile
         self.header = header(self.metadata() | words.vocabulary, self.tensors)
@@ -115,6 +119,7 @@ class GGUFPlan:
             "general.file_type": MIXES[self.mix],
             "general.quantization_version": QUANTIZATION_VERSION,
             **({GGUF_TASK_KEY: str(task)} if task else {}),
+            **self._imatrix,
             **self.architecture.metadata(self.source.config),
         }
 
