@@ -120,6 +120,6 @@ def _stop_as_the_file_says(model: nn.Module, fields: dict[str, Any]) -> None:
         field = fields.get(f"tokenizer.ggml.{key}")
         value = field.contents() if field is not None else []
         stops += [int(token) for token in (value if isinstance(value, list) else [value])]
-    settings: Any = model.generation_config
-    if stops:
+    settings: Any = getattr(model, "generation_config", None)  # an encoder has none
+    if stops and settings is not None:
         settings.eos_token_id = list(dict.fromkeys(stops))
