@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -98,19 +98,26 @@ def row_of(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return row | {key: reports[0][key] for key in ("imports_bytes", "versions", "late_imports")}
 
 
-def take_turns(job: Mapping[str, Any], rounds: int) -> dict[str, Any]:
-    """Both ways, in turn; the files of the last round stay."""
+def take_turns(
+    job: Mapping[str, Any], rounds: int, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Both ways, in turn, saved after each round; the files of the last round stay."""
     reports: dict[str, list[dict[str, Any]]] = {step: [] for step in ("qft", *TODAY)}
     for number in range(rounds):
         for step in reports:
             reports[step].append(run_step(step, job))
             found = {key: round(reports[step][-1][key] / 1e6, 3) for key in FIGURES[::3]}
             print(number, step, found, reports[step][-1]["cpu_seconds"], flush=True)
+        save(_rows(reports))
         if number < rounds - 1:
             for key in ("out", "merged"):
                 shutil.rmtree(job[key])
             for key in ("f16", "quantized"):
                 Path(job[key]).unlink()
+    return _rows(reports)
+
+
+def _rows(reports: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     rows = {step: row_of(found) for step, found in reports.items()}
     return {"steps": rows, "qft": _sum(reports, ("qft",)), "today": _sum(reports, TODAY)}
 
@@ -176,8 +183,12 @@ def main() -> None:
         result["base_bytes"] = (folder / "base" / "model.safetensors").stat().st_size
         for threads in chosen.threads:
             full = {**job, "sources": str(chosen.llama_cpp.resolve()), "threads": threads}
-            found = take_turns(full, chosen.rounds)
-            result["by_threads"][str(threads)] = found
+
+            def save(rows: dict[str, Any], threads: int = threads) -> None:
+                result["by_threads"][str(threads)] = rows
+                RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+            save(take_turns(full, chosen.rounds, save))
             result["files"] = compare(full)
             for key in ("out", "merged"):
                 shutil.rmtree(job[key])

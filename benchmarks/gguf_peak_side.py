@@ -31,8 +31,6 @@ def qft(job: Job) -> Step:
     import transformers.models.encoder_decoder.configuration_encoder_decoder
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import adapters.from_elsewhere
-    import adapters.lora
     import qft.export.gguf_format  # noqa: F401
     from qft.export.delivery import export
 

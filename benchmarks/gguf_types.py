@@ -144,7 +144,9 @@ def errors(file: Path, reference: Path) -> dict[str, float]:
     return found
 
 
-def measured(model: Path, assets: Path, rows: int, mixes: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measured(
+    model: Path, assets: Path, rows: int, mixes: Sequence[str]
+) -> Iterator[dict[str, Any]]:
     """A row a mix."""
     skeleton = models.open_skeleton(model, models.ModelSpec(source=str(model)))
     source = open_source(model, skeleton)

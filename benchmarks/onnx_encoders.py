@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import qft
 from benchmarks.sst2_minilm import recipe
 from qft import models
+from qft.export.delivery import export
 from qft.files import folder_bytes, write_json
 from qft.hardware import environment
 from qft.verification.read_back import read_back
@@ -57,7 +58,7 @@ def quality(run: Path, data: Path, folder: Path, seed: int) -> list[dict[str, An
              "loss": scores["loss"]}]  # fmt: skip
     for format in FORMATS:
         out = folder / f"{format.replace(':', '-')}-{seed}"
-        found = qft.export(run, out, format=format, data=dev)["verification"]
+        found = export(run, out, format=format, data=dev)["verification"]
         scores = qft.evaluate(str(out), data=dev, columns=COLUMNS)
         rows.append({
             "seed": seed, "format": format, "accuracy": scores["accuracy"], "loss": scores["loss"],

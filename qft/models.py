@@ -39,6 +39,8 @@ AUTO_CLASSES = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
+COMPRESSED = "compressed-tensors"  # vLLM's format, as a quantization config calls itself
+_KEPT_BY = {COMPRESSED: "ignore", "torchao": "modules_to_not_convert"}
 TASK_KEY = "qft_task"  # in a delivered model's config.json: what it was trained for
 _HEAD_CLASSES = {
     "classify": "ForSequenceClassification",
@@ -397,6 +399,9 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     dtype = spec.dtype or chosen.dtype
     config = open_config(folder, spec)
     stored = getattr(config, "quantization_config", None)
+    compressed = stored is not None and stored_kind(stored) == COMPRESSED
+    if stored is not None:
+        quantization.require_library(stored_kind(stored), folder)
     kept = unquantized_in(folder, spec, keep)
     settings = None
     if stored is None:
@@ -420,6 +425,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
             raise _no_such_class(folder, spec, error) from error
         raise
     _require_loaded(model, report["missing_keys"], folder)
+    if compressed:
+        quantization.decompress_(model)
     if not (settings or stored):
         model.to(chosen.device)
     quantization.guard_cpu_kernels(model)
@@ -515,7 +522,8 @@ def _keep_new_heads(folder: Path, spec: ModelSpec, stored: Any) -> None:
     checkpoint.close()
     kept = quantization.unquantized_modules(open_skeleton(folder, spec))
     new = [head for head in kept if not any(name.startswith(f"{head}.") for name in names)]
-    stored["llm_int8_skip_modules"] = sorted({*(stored.get("llm_int8_skip_modules") or []), *new})
+    kept_by = _KEPT_BY.get(stored_kind(stored), "llm_int8_skip_modules")
+    stored[kept_by] = sorted({*(stored.get(kept_by) or []), *new})
 
 
 def stored_kind(stored: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qft.errors import RecipeError
+from qft.errors import ModelError, RecipeError
 from qft.lean.model_parts import head_names, output_embeddings
 
 if TYPE_CHECKING:
@@ -54,6 +54,32 @@ def require_bitsandbytes() -> None:
             where="quantize",
             fix="pip install bitsandbytes, or quantize: none",
         )
+
+
+def require_library(kind: str, where: object) -> None:
+    """Raises a clear error where the library that opens a stored quantization is missing.
+
+    Args:
+        kind: ``quant_method`` of a config.json.
+    """
+    import importlib.util
+
+    extras = {"compressed-tensors": "compressed_tensors", "torchao": "torchao"}
+    if kind in extras and importlib.util.find_spec(extras[kind]) is None:
+        raise ModelError(
+            f"The model is stored in the format {kind}, whose library is missing.",
+            where=where,
+            fix=f"pip install 'qft-toolkit[{kind}]'",
+        )
+
+
+def decompress_(model: Any) -> None:
+    """Puts full weights into a model that compressed-tensors has opened.
+
+    The library does it within the first forward; until then the layers have no ``weight``, which
+    whoever looks at a model misses.
+    """
+    model.hf_quantizer.compressor.decompress_model(model)
 
 
 def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list[str]:

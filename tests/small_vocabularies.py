@@ -19,7 +19,7 @@ from tokenizers.models import BPE, WordPiece
 from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import PreTrainedTokenizerFast
 
-from qft.gguf.file import Value, write_file
+from qft.gguf.file import Value, header
 from qft.gguf.pre_tokenizers import GPT2
 
 CORPUS = [
@@ -173,5 +173,5 @@ def write_vocabulary(path: Path, metadata: dict[str, Value], architecture: str =
              "feed_forward_length": 64, "attention.head_count": 4}  # fmt: skip
     written: dict[str, Value] = {"general.architecture": architecture}
     written |= {f"{architecture}.{key}": value for key, value in sizes.items()}
-    write_file(path, written | metadata, [], lambda name: [])
+    path.write_bytes(header(written | metadata, []))
     return path

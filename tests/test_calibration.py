@@ -137,13 +137,14 @@ def test_rows_where_they_are_no_use_or_there_are_none(tiny_llama: Path) -> None:
     assert "--calibration-data" in caught.value.text()
 
 
-def test_the_table_of_formats_says_whose_rounding_fits_to_rows(monkeypatch: Any) -> None:
+def test_the_table_of_formats_says_whose_rounding_fits_to_rows() -> None:
     from qft.export import format_table
     from qft.export.formats import FORMATS
 
-    monkeypatch.setitem(format_table.FITTED, "gguf", False)
-    monkeypatch.setitem(format_table.FITTED, "bnb", True)
     rows = {row["name"]: row for row in format_table.format_table()}
     assert list(rows) == list(FORMATS)
-    fitted = {name: rows[name]["fitted"] for name in ("gguf:f16", "bnb:nf4", "safetensors:bf16")}
-    assert fitted == {"gguf:f16": "asked", "bnb:nf4": "always", "safetensors:bf16": "never"}
+    expected = {
+        "gguf:f16": "never", "gguf:q4_k_m": "asked", "compressed-tensors:w4a16": "always",
+        "bnb:nf4": "never",
+    }  # fmt: skip
+    assert {name: rows[name]["fitted"] for name in expected} == expected

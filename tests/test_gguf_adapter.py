@@ -186,7 +186,7 @@ def test_q8_0_holds_what_fits_and_says_the_rest(tmp_path):
     made = make(tmp_path, r=32, target_modules=["q_proj", "down_proj"],
                 rank_pattern={"down_proj": 4})  # fmt: skip
     report = export(made, tmp_path / "out", format="gguf-lora:q8_0")
-    assert report["notes"] == ["2 of 8 factors stay in f16: q8_0 needs rows in multiples of 32"]
+    assert report["notes"][0] == "2 of 8 factors stay in f16: q8_0 needs rows in multiples of 32"
     reader = gguf.GGUFReader(tmp_path / "out" / "adapter-q8_0.gguf")
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     assert types["blk.0.attn_q.weight.lora_b"] == types["blk.0.ffn_down.weight.lora_a"] == "Q8_0"
@@ -208,6 +208,16 @@ def test_an_update_of_adalora_is_written_too(tmp_path):
     wanted = expected(tmp_path)
     found = through_reader(tmp_path, tmp_path / "out" / "adapter-f32.gguf")
     assert (found - wanted).abs().max() < 2e-4
+
+
+def test_ollama_is_told_of_base_and_adapter(tmp_path):
+    made = make(tmp_path, target_modules=["q_proj"])
+    export(made, tmp_path / "out", format="gguf-lora:f16")
+    lines = (tmp_path / "out" / "Modelfile").read_text().splitlines()
+    told = [line for line in lines if not line.startswith("#")]
+    assert told[:2] == ["FROM ./model-q8_0.gguf", "ADAPTER ./adapter-f16.gguf"]
+    assert any(line.startswith("PARAMETER stop ") for line in told)
+    assert any("--format gguf:q8_0" in line for line in lines if line.startswith("#"))
 
 
 # --- what is refused

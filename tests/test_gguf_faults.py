@@ -18,12 +18,15 @@ from small_tokenizers import CHATML, with_template
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qft
+from adapters.lora import LoRA
 from qft import models
+from qft.card import make_card, write_card
 from qft.errors import ModelError, VerificationError
 from qft.export.formats import write_format
 from qft.gguf import pre_tokenizers
 from qft.gguf.checked import check_file
 from qft.merging.merge import open_source
+from qft.strategy import Context
 from qft.verification import gguf_tokens
 from qft.verification.proof import check_words
 from qft.verification.read_back import read_back
@@ -236,6 +239,20 @@ def test_swapped_scales_of_a_k_quant(assets: Path, tmp_path: Path) -> None:
     assert "scales" in str(error.fix)
 
 
+def test_two_bare_files_are_compared_table_by_table(
+    reference: Path, good: Path, data: str, tmp_path: Path
+) -> None:
+    first, second = (Path(shutil.copy(good, tmp_path / name)) for name in ("a.gguf", "b.gguf"))
+    for path in (first, second):
+        (tmp_path / path.stem).mkdir()
+    first = first.rename(tmp_path / "a" / "m.gguf")
+    second = second.rename(tmp_path / "b" / "m.gguf")
+    find = lambda: check_words(locate(first), locate(second), locate(first).tokenizer(), [])[0]  # noqa: E731
+    assert find() == []
+    edit(second, set_to("tokenizer.ggml.pre", "gpt-2"))
+    assert [finding.text for finding in find()] == ["the GGUF file has another tokenizer.ggml.pre"]
+
+
 def test_llama_cpp_is_asked_where_it_is_there(
     reference: Path, copied: Path, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,3 +342,50 @@ def test_a_whole_file_passes_and_a_cut_one_does_not(good: Path, tmp_path: Path) 
         (tmp_path / "cut.gguf").write_bytes(content[:length])
         with pytest.raises(ModelError, match="broken"):
             check_file(tmp_path / "cut.gguf")
+
+
+# --- what training ended its answers with
+
+
+@pytest.fixture
+def taught(reference: Path, tmp_path: Path) -> Path:
+    """An adapter trained to talk, on a base that stops at the end of a text alone."""
+    base = Path(shutil.copytree(reference, tmp_path / "base"))
+    settings = base / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": 0}))
+    strategy = LoRA(rank=4)
+    model: Any = models.open_model(base, models.ModelSpec(str(base), dtype=torch.float32))
+    model = strategy.attach(model, Context())
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    (tmp_path / "adapter").mkdir()
+    strategy.save(model, tmp_path / "adapter")
+    write_card(tmp_path / "adapter", make_card(
+        base=str(base), base_fingerprint=models.fingerprint(base), original_fingerprint=None,
+        task="chat", labels=None, pooling="auto", quantize="none", dtype="float32",
+        strategy={"name": "lora", "rank": 4}, max_length=128,
+    ))  # fmt: skip
+    return tmp_path / "adapter"
+
+
+def test_what_ended_answers_in_training_ends_them_in_the_file(taught: Path, tmp_path: Path) -> None:
+    path = Path(qft.export(taught, tmp_path / "out", format="gguf:q8_0", verify=False)["path"])
+    fields = gguf.GGUFReader(path).fields
+    assert int(fields["tokenizer.ggml.eos_token_id"].contents()) == 0
+    assert int(fields["tokenizer.ggml.eot_token_id"].contents()) == 2
+    settings = json.loads((path.parent / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 2]
+    assert 'PARAMETER stop "<over>"' in (path.parent / "Modelfile").read_text(encoding="utf-8")
+    first, second = locate(taught), locate(path)
+    assert check_words(first, second, first.tokenizer(), small.CORPUS[:3])[0] == []
+    edit(path, without("tokenizer.ggml.eot_token_id"))
+    found, _ = check_words(first, locate(path), first.tokenizer(), small.CORPUS[:3])
+    assert [finding.kind for finding in found] == ["stops"]
+
+
+def test_an_adapter_file_has_a_modelfile_that_names_both(taught: Path, tmp_path: Path) -> None:
+    qft.export(taught, tmp_path / "out", format="gguf-lora:f16", verify=False)
+    lines = (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8").splitlines()
+    assert lines[1:3] == ["FROM ./model-q8_0.gguf", "ADAPTER ./adapter-f16.gguf"]
+    assert 'PARAMETER stop "<over>"' in lines

@@ -68,9 +68,9 @@ _PLACES = """
     export.safetensors_format export.gguf_format export.gguf_adapter_format
     export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
-    export.integer_rounding export.error_compensation export.compressed_schemes
-    export.compressed_format
-    export.formats
+    export.integer_rounding export.error_compensation export.integer_plan
+    export.compressed_schemes export.torchao_format
+    export.writers export.formats
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file

@@ -108,10 +108,18 @@ def refused(reference: Path, artefact: Path, data: str, **settings: Any) -> Veri
 # --- good artefacts
 
 
-@pytest.mark.parametrize("format", [f for f in FORMATS if not f.startswith((APART, "onnx:"))])
+OFTEN = ("gguf:q8_0", "gguf:q4_k_m", "bnb:nf4", "compressed-tensors:w8a16", "safetensors:bf16")
+
+
+@pytest.mark.parametrize("format", [
+    format if format in OFTEN else pytest.param(format, marks=pytest.mark.slow)
+    for format in FORMATS if not format.startswith((APART, "onnx:"))
+])  # fmt: skip
 def test_every_format_passes_and_says_its_own_name(
     mini: Path, adapter: Path, data: str, tmp_path: Path, format: str
 ) -> None:
+    if format.startswith("torchao:"):
+        pytest.importorskip("torchao")
     written = qft.export(adapter, tmp_path / "out", format=format, data=data)
     report = written["verification"]
     assert locate(written["path"]).format() == format

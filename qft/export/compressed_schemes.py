@@ -5,12 +5,16 @@ The words and the layout are those that the library compressed-tensors 0.20 writ
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qft.export.integer_rounding import IntegerGrid
+import torch
+from torch import Tensor
+
+from qft.export.integer_rounding import IntegerGrid, pack
+from qft.shard_writer import Spec
 
 VERSION = "0.20.0"  # of the library whose layout this is
 _GROUPS = (128, 64, 32)  # weights a scale, the first that divides a row
@@ -75,6 +79,67 @@ def _named(group: Any, values: Mapping[str, Any]) -> str | None:
         if same == (scheme.bits, scheme.format, scheme.activations):
             return name
     return None
+
+
+class CompressedLayout:
+    """How one of the formats keeps rounded layers (:class:`qft.export.integer_plan.Layout`).
+
+    - packed: ``weight_packed`` int32 ``[out, words]``, ``weight_scale`` ``[out, groups]``,
+      ``weight_shape`` int64 ``[2]``;
+    - else: ``weight`` int8 ``[out, in]``, ``weight_scale`` ``[out, 1]``.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self._scheme = scheme
+
+    def grid(self, width: int) -> IntegerGrid:
+        """As the scheme has it."""
+        return self._scheme.grid(width)
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The weights' own."""
+        return dtype
+
+    def specs(self, owner: str, size: tuple[int, int], dtype: torch.dtype) -> list[Spec]:
+        """What a layer becomes."""
+        height, width = size
+        scales = (f"{owner}.weight_scale", (height, self.grid(width).groups(width)), dtype)
+        if not self._scheme.packed:
+            return [(f"{owner}.weight", size, torch.int8), scales]
+        words = -(-width * self._scheme.bits // 32)
+        packed = (f"{owner}.weight_packed", (height, words), torch.int32)
+        return [packed, scales, (f"{owner}.weight_shape", (2,), torch.int64)]
+
+    def stored(self, integers: Tensor) -> Tensor:
+        """Packed or not."""
+        return pack(integers, self._scheme.bits) if self._scheme.packed else integers
+
+    def rest(self, spec: Spec, size: tuple[int, int]) -> Tensor:
+        """The shape of the unpacked weight."""
+        return torch.tensor(size)
+
+    def notes(self, widths: Mapping[str, int]) -> list[str]:
+        """Which layers have another group than most."""
+        fell = Counter(width for width in widths.values() if self._scheme.fell_back(width))
+        groups = {width: self.grid(width).group for width in fell}
+        return [
+            f"{count} layer(s) with rows of {width} weights have "
+            + (f"a scale for {groups[width]} weights" if groups[width] else "one scale a row")
+            + ", because groups of 128 do not fit"
+            for width, count in sorted(fell.items())
+        ]
+
+    def quantization_config(
+        self, widths: Mapping[str, int], ignored: Collection[str]
+    ) -> dict[str, Any]:
+        """See :func:`quantization_config`."""
+        return quantization_config(self._scheme, widths, ignored)
+
+    def metadata(
+        self, layers: Mapping[str, tuple[int, torch.dtype]], others: Sequence[str]
+    ) -> dict[str, str] | None:
+        """The usual one."""
+        return None
 
 
 def quantization_config(

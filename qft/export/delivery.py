@@ -21,7 +21,7 @@ from qft.errors import QftError, RecipeError
 from qft.export.beside import beside_bytes, write_beside
 from qft.export.calibration import calibration_for
 from qft.export.delta_rounding import DeltaRounding
-from qft.export.formats import ExportReport, require_known, write_format
+from qft.export.formats import require_known, write_format
 from qft.export.place import proven_first, require_place
 from qft.export.proven import artefact_of, proven, say_losses
 from qft.export.right_base import (
@@ -35,6 +35,7 @@ from qft.export.right_base import (
     require_word,
     rounding_of,
 )
+from qft.export.writers import ExportReport
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
@@ -292,7 +293,7 @@ def _write(
         return ExportReport(format, target, size, delta_rounding=DeltaRounding(0.0, 1.0))
     if found is not None and choice is not None:
         # rounded once, to the format's own numbers; these keep the base's dtype beside them
-        keeps = format.startswith(("bnb:", "compressed-tensors:"))
+        keeps = format.startswith(("bnb:", "compressed-tensors:", "torchao:"))
         tensors = _open(found, None if keeps else torch.float32, choice)
     elif found is not None:
         tensors = _open(found, None, None)

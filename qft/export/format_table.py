@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qft.export.formats import FITTED, FORMATS, fits_to_rows
+from qft.export.formats import FORMATS, fits_to_rows, fitted_unasked
 from qft.verification.thresholds import THRESHOLDS
 
 
@@ -29,4 +29,4 @@ def format_table() -> list[dict[str, Any]]:
 def _fitted(name: str) -> str:
     if not fits_to_rows(name):
         return "never"
-    return "always" if FITTED[name.split(":")[0]] else "asked"
+    return "always" if fitted_unasked(name) else "asked"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qft.calibration import Calibration
 from qft.errors import RecipeError
-from qft.export.delta_rounding import DeltaRounding
-from qft.files import folder_bytes, new_folder, require_absent, require_disk, unfinished
-from qft.merging.merge import Progress, write_model
-from qft.merging.side_files import files_bytes
-from qft.merging.tensors import MergedTensors, TensorSource
+from qft.export.writers import WRITERS, ExportReport, Writing
+from qft.files import require_absent
+from qft.merging.merge import Progress
+from qft.merging.tensors import MergedTensors
 from qft.shard_writer import MAX_SHARD_BYTES
-from qft.shards import tensor_bytes
 
 # Bits of the GGUF mixes: of a model of Llama 3.1 8B's shape.
 FORMATS = {
@@ -44,6 +41,7 @@ FORMATS = {
     "compressed-tensors:w4a16": "vLLM and transformers, weights of 4 bits",
     "compressed-tensors:w8a16": "vLLM and transformers, weights of 8 bits",
     "compressed-tensors:w8a8": "vLLM and transformers, weights and inputs of 8 bits",
+    "torchao:int8": "transformers with torchao, weights of 8 bits",
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
@@ -57,27 +55,9 @@ FITTED: dict[str, bool] = {
     "gguf": False,  # it costs a pass of the rows through the model
     "compressed-tensors": False,  # 8 bits lose next to nothing as it is
     "compressed-tensors:w4a16": True,
+    "torchao": False,
 }
 _BY_ITSELF = ("gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")  # each number, or its block
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        format: one of FORMATS.
-        path: the .gguf file (of the model, or of the adapter alone), or the model folder.
-        bytes: of the tensors on disk.
-        notes: what a user should know, a sentence each.
-        delta_rounding: what a quantized format has left of an adapter's change.
-    """
-
-    format: str
-    path: Path
-    bytes: int
-    notes: tuple[str, ...] = ()
-    delta_rounding: DeltaRounding | None = None
 
 
 def write_format(
@@ -116,93 +96,8 @@ def write_format(
     out = Path(out)
     require_known(format)
     require_absent(out, overwrite=overwrite)
-    family, _, kind = format.partition(":")
-    total = _source_bytes(source)
-    if family == "safetensors":
-        from qft.export.safetensors_format import DTYPES, InDtype
-
-        cast = InDtype(source, DTYPES[kind])
-        written = write_model(
-            cast, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-            progress=_scaled(progress, _source_bytes(cast), total),
-        )  # fmt: skip
-        return ExportReport(format, out, written)
-    if family == "bnb":
-        from qft.export.bnb_format import BnbPlan, write_bnb
-
-        quantized = BnbPlan(source, kind)
-        require_disk(out, quantized.bytes + files_bytes(source.files))
-        with new_folder(out, overwrite=overwrite) as folder:
-            write_bnb(quantized, folder, max_shard_bytes,
-                      _scaled(progress, quantized.bytes, total))  # fmt: skip
-        return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
-                            quantized.delta_rounding())  # fmt: skip
-    if family == "onnx":
-        from qft.export.onnx_format import OnnxPlan, write_onnx
-
-        traced = OnnxPlan(source, kind)
-        require_disk(out, traced.bytes + files_bytes(source.files))
-        with new_folder(out, overwrite=overwrite) as folder:
-            written = write_onnx(traced, folder, progress)
-        return ExportReport(format, out, written, tuple(traced.notes))
-    if family == "compressed-tensors":
-        from qft.export.compressed_format import CompressedPlan, write_compressed
-
-        compressed = CompressedPlan(source, kind, calibration)
-        work = compressed.bytes + compressed.fitted_bytes
-        write_compressed(compressed, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-                         progress=_scaled(progress, work, total))  # fmt: skip
-        return ExportReport(format, out, compressed.bytes, tuple(compressed.notes),
-                            compressed.delta_rounding())  # fmt: skip
-    if family == "gguf-lora":
-        return _write_adapter(source, format, out, overwrite, progress, stops)
-    from qft.export.gguf_format import GGUFPlan, write_gguf
-
-    plan = GGUFPlan(source, kind, stops=stops)  # refuses before the rows are run
-    if calibration is not None:
-        from qft.gguf.importance import importance_of
-
-        plan = GGUFPlan(source, kind, importance_of(source, calibration), stops)
-    require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
-    with new_folder(out, overwrite=overwrite, go_on=True) as folder:
-        name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
-    return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
-
-
-def _write_adapter(
-    source: MergedTensors,
-    format: str,
-    out: Path,
-    overwrite: bool,
-    progress: Progress | None,
-    stops: Sequence[int],
-) -> ExportReport:
-    from qft.export.gguf_adapter_format import AdapterPlan, write_adapter
-
-    plan = AdapterPlan(source, format.partition(":")[2], stops)
-    require_disk(out, max(0, plan.bytes - folder_bytes(unfinished(out))))
-    with new_folder(out, overwrite=overwrite, go_on=True) as folder:
-        scaled = _scaled(progress, plan.tensor_bytes, _source_bytes(source))
-        name = write_adapter(plan, folder, scaled).name
-    return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
-
-
-def _source_bytes(source: TensorSource) -> int:
-    return sum(tensor_bytes(source.shape(name), source.dtype(name)) for name in source.names())
-
-
-def _scaled(progress: Progress | None, written: int, total: int) -> Progress | None:
-    """Reports bytes of the file as bytes of the source, exact at the end."""
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        progress(done * total // max(1, written) - before * total // max(1, written))
-
-    return advance
+    job = Writing(source, format, out, max_shard_bytes, calibration, stops, overwrite, progress)
+    return WRITERS[format.partition(":")[0]](job)
 
 
 def fits_to_rows(format: str) -> bool:

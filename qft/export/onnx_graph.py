@@ -50,7 +50,7 @@ def write_float32(
     axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     model.forward = forward  # type: ignore[method-assign,assignment]
     try:
-        with _unheard(), torch.no_grad():
+        with _explained(model), _unheard(), torch.no_grad():
             program: Any = torch.onnx.export(
                 model, (), kwargs=batch, dynamo=True, opset_version=OPSET, verbose=False,
                 dynamic_shapes=dict.fromkeys(inputs, axes), input_names=list(inputs),
@@ -58,15 +58,6 @@ def write_float32(
             )  # fmt: skip
             _forget_traces(program.model)
             program.save(folder / name, external_data=_bytes(model) > _ONE_FILE_BYTES)
-    except OSError:  # the disk's own
-        raise
-    except Exception as error:  # the exporter raises kinds of its own, and long ones
-        raise ModelError(
-            "torch.onnx cannot export this model.",
-            where=type(model).__name__,
-            found=f"{type(error).__name__}: {first_line(error.__cause__ or error)}",
-            fix="another format",
-        ) from error
     finally:
         model.forward = told  # type: ignore[method-assign]
 
@@ -93,7 +84,7 @@ def write_int8(
     kept = []
     if head:
         kept = last_products(onnx.load(folder / _UNQUANTIZED, load_external_data=False).graph)
-    with _unheard():
+    with _explained(model), _unheard():
         quantize_dynamic(
             folder / _UNQUANTIZED, folder / FILE, op_types_to_quantize=["MatMul", "Gemm", "Gather"],
             per_channel=True, reduce_range=True, weight_type=QuantType.QInt8,
@@ -144,6 +135,22 @@ def _forget_traces(model: Any) -> None:
         value.metadata_props.clear()
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _explained(model: nn.Module) -> Iterator[None]:
+    """Makes one error of what the exporters raise: kinds of their own, and long ones."""
+    try:
+        yield
+    except OSError:  # the disk's, which is explained elsewhere
+        raise
+    except Exception as error:
+        raise ModelError(
+            "This model cannot be exported to ONNX.",
+            where=type(model).__name__,
+            found=f"{type(error).__name__}: {first_line(error.__cause__ or error)}",
+            fix="another format",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ from typing import Any
 from qft.data.tasks import ExampleSet
 from qft.export.beside import BesideSubject, locate_beside
 from qft.export.delta_rounding import DeltaRounding
-from qft.export.formats import ExportReport
 from qft.export.right_base import BESIDE, BaseChoice
+from qft.export.writers import ExportReport
 from qft.progress import Reporter
 from qft.verification.adapter_file import APART, AdapterFile
 from qft.verification.proof import prove

@@ -5,9 +5,10 @@ Facts of llama.cpp's model files (``src/models``) and of the ``gguf`` package's 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import gguf
@@ -133,14 +134,20 @@ def whole_config(config: Config) -> dict[str, Any]:
     Raises:
         ModelError: transformers does not understand it.
     """
+    return dict(_whole(json.dumps(dict(config), sort_keys=True, default=str)))
+
+
+@lru_cache(maxsize=8)  # it is asked for several times, and warns each time
+def _whole(text: str) -> dict[str, Any]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    config = json.loads(text)
     kind = str(config.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise ModelError("transformers does not know this model.", where="config.json",
                          found=f"model_type: {kind}")  # fmt: skip
     try:
-        described: Any = CONFIG_MAPPING[kind].from_dict(dict(config))
+        described: Any = CONFIG_MAPPING[kind].from_dict(config)
     except Exception as error:  # its validators raise many kinds
         raise ModelError("transformers does not understand the model's settings.",
                          where="config.json", found=first_line(error)) from error  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.errors import ModelError, RecipeError
+from qft.gguf.checked import check_file
 from qft.merging.side_files import side_files
 from qft.verification.subject import Subject
 
@@ -76,6 +77,7 @@ def add_updates(model: nn.Module, file: Path) -> None:
     """
     import gguf
 
+    check_file(file)
     opened = gguf.GGUFReader(file)
     alpha = float(opened.fields["adapter.lora.alpha"].contents())
     stored = {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))

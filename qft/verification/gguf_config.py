@@ -15,6 +15,7 @@ from typing import Any
 import gguf
 
 from qft.errors import ModelError
+from qft.gguf.checked import check_file
 
 RANK = 4  # llama.cpp's pooling type of a classifier
 _POOLING = {0: "none", 1: "mean", 2: "cls", 3: "last", RANK: "rank"}
@@ -34,6 +35,7 @@ class OpenedGGUF:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        check_file(file)
         try:
             self._reader = gguf.GGUFReader(file)
         except Exception as error:  # broken files make it raise anything

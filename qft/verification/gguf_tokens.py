@@ -58,6 +58,21 @@ def check_inside(
     return findings, notes
 
 
+def check_same_tables(reference: Subject, artefact: Subject) -> list[Finding]:
+    """Two GGUF files: what transformers makes of the first one's tokenizer is no measure."""
+    findings = []
+    second = artefact.reader.fields
+    for key, field in reference.reader.fields.items():
+        if not key.startswith("tokenizer.") or key.endswith(".eos_token_ids"):  # not llama.cpp's
+            continue
+        kind = "template" if key.startswith("tokenizer.chat_template") else "tokens"
+        if key not in second:
+            findings.append(Finding(kind, f"the GGUF file has no {key}", _FIX))
+        elif second[key].contents() != field.contents():
+            findings.append(Finding(kind, f"the GGUF file has another {key}", _FIX))
+    return findings
+
+
 class Tables:
     """What a file says of its tokenizer, beside the reference's tokenizer."""
 

@@ -26,7 +26,7 @@ from qft.progress import QUIET, Bar, Reporter
 from qft.shards import ShardedCheckpoint
 from qft.verification.diagnosis import Finding, advice
 from qft.verification.gguf_numbers import check_settings
-from qft.verification.gguf_tokens import check_inside
+from qft.verification.gguf_tokens import check_inside, check_same_tables
 from qft.verification.layerwise import verify_by_layers
 from qft.verification.stops import (
     check_generation,
@@ -259,7 +259,9 @@ def check_words(
         findings += check_template(tokenizer, other, "the artefact's tokenizer",
                                    f"{artefact.home.name}/chat_template.jinja")  # fmt: skip
         findings += _outside(tokenizer, other, reference, artefact)
-    if artefact.gguf is not None:
+    if artefact.gguf is not None and reference.gguf is not None and not _has_tokenizer(reference):
+        findings += check_same_tables(reference, artefact)
+    elif artefact.gguf is not None:
         found, notes = check_inside(tokenizer, artefact, texts)
         findings += [*check_settings(reference, artefact), *found]
         findings += check_inside_gguf(reference, artefact, tokenizer)
@@ -287,6 +289,10 @@ def vocabulary(subject: Subject) -> int:
         return len(subject.reader.fields["tokenizer.ggml.tokens"].data)
     config = models.open_config(subject.folder, subject.spec)
     return int(config.get_text_config().vocab_size)
+
+
+def _has_tokenizer(subject: Subject) -> bool:
+    return "tokenizer.json" in subject.files()
 
 
 def _has_settings(artefact: Subject) -> bool:

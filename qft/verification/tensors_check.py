@@ -15,8 +15,8 @@ from qft.errors import ModelError
 from qft.verification.diagnosis import Finding
 from qft.verification.subject import Subject
 
-_KNOWN = ("int8", "nf4", "fp4", "compressed-tensors")
-_PACKED = (".weight_packed", ".weight")  # how compressed-tensors calls a packed weight
+_KNOWN = ("int8", "nf4", "fp4", models.COMPRESSED, "torchao")
+_PACKED = (".weight_packed", "._weight_qdata")  # what stands for a weight of the last two
 _ROWS = 4096  # of two tensors compared at a time
 
 
@@ -38,7 +38,8 @@ def check_tensors(artefact: Subject) -> list[Finding]:
 
 
 def _missing(skeleton: nn.Module, names: dict[str, str], folder: Path) -> list[Finding]:
-    held = {name.replace(*_PACKED) for name in names.values()}
+    held = set(names.values())
+    held |= {name.replace(end, ".weight") for name in held for end in _PACKED}
     tied: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", None) or {}
     held |= {one for pair in tied.items() if set(pair) & held for one in pair}
     lost = sorted(set(skeleton.state_dict()) - held)

@@ -13,8 +13,9 @@ import torch
 from qft import models
 from qft.errors import RecipeError
 from qft.export.compressed_schemes import scheme_in
-from qft.onnx_files import stored_kind
+from qft.export.torchao_format import is_int8
 from qft.gguf.mixes import MIXES
+from qft.onnx_files import stored_kind
 from qft.shards import ShardedCheckpoint
 
 
@@ -67,9 +68,10 @@ THRESHOLDS = {
     "gguf-lora:q8_0": Thresholds(1e-2, 1e-1, 0.95, 1.02, 2.5e-2),
     "bnb:int8": Thresholds(3e-2, 3e-1, 0.90, 1.05, 5e-2),
     "bnb:nf4": Thresholds(0.15, 1.5, 0.75, 1.15, 0.3),
-    "compressed-tensors:w4a16": Thresholds(0.15, 1.5, 0.75, 1.15, 0.3),
+    "compressed-tensors:w4a16": Thresholds(0.15, 1.5, 0.75, 1.25, 0.3),
     "compressed-tensors:w8a16": Thresholds(5e-3, 5e-2, 0.95, 1.02, 2e-2),
-    "compressed-tensors:w8a8": Thresholds(2e-2, 2e-1, 0.90, 1.05, 5e-2),
+    "compressed-tensors:w8a8": Thresholds(1e-2, 1e-1, 0.92, 1.03, 5e-2),
+    "torchao:int8": Thresholds(5e-3, 5e-2, 0.95, 1.02, 2e-2),
     "safetensors:fp32": Thresholds(1e-5, 1e-4, 0.999, 1.001, 5e-5),
     "safetensors:fp16": Thresholds(1e-3, 1e-2, 0.98, 1.01, 1.5e-3),
     "safetensors:bf16": Thresholds(5e-3, 5e-2, 0.95, 1.02, 2e-2),
@@ -139,8 +141,10 @@ def stored_format(folder: Path, gguf: Path | None = None, onnx: Path | None = No
     stored = models.read_config(folder).get("quantization_config")
     if stored:
         kind = models.stored_kind(stored)
-        if kind == "compressed-tensors":
+        if kind == models.COMPRESSED:
             return f"{kind}:{scheme_in(stored) or 'unknown'}"
+        if kind == "torchao":
+            return f"{kind}:int8" if is_int8(stored) else f"{kind}:unknown"
         return f"bnb:{kind}" if kind in ("int8", "nf4", "fp4") else kind
     sizes: Counter[torch.dtype] = Counter()
     with ShardedCheckpoint(folder) as checkpoint:

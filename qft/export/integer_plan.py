@@ -1,23 +1,18 @@
-"""compressed-tensors, vLLM's format for quantized checkpoints: integers of 4 or 8 bits.
+"""A model whose linear layers become integers with scales, written as they are rounded.
 
-Each linear layer is rounded from the source block by block of rows and written at once. A layer
-becomes, in the library's own layout (compressed-tensors 0.20):
-
-- packed formats: ``weight_packed`` int32 ``[out, words]``, ``weight_scale`` ``[out, groups]``,
-  ``weight_shape`` int64 ``[2]``;
-- w8a8: ``weight`` int8 ``[out, in]``, ``weight_scale`` ``[out, 1]``.
-
-Heads, embeddings, norms and biases stay as they are, in the source's dtype, which is the scales'
-dtype too. Where there are calibration rows, the layers of the model's stack are rounded first, by
-`qft.export.error_compensation`, and kept beside the files until these are written.
+Each linear layer is rounded from the source block by block of rows and written at once; how a
+format keeps integers and scales is its :class:`Layout`. Heads, embeddings, norms and biases stay as
+they are, in the source's dtype. Where there are calibration rows, the layers of the model's stack
+are rounded first, by `qft.export.error_compensation`, and kept beside the files until these are
+written.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +20,9 @@ from torch import Tensor, nn
 from qft import models, quantization
 from qft.calibration import Calibration
 from qft.errors import ModelError
-from qft.export.compressed_schemes import SCHEMES, quantization_config
 from qft.export.delta_rounding import DeltaRounding, DeltaTally
 from qft.export.error_compensation import Target, fit_layers
-from qft.export.integer_rounding import find_scales, from_integers, pack, to_integers
+from qft.export.integer_rounding import IntegerGrid, find_scales, from_integers, to_integers
 from qft.export.layer_rows import Block, LayerRows
 from qft.files import folder_bytes, new_folder, require_disk, unfinished
 from qft.lean.model_parts import layer_stacks
@@ -42,14 +36,52 @@ from qft.write_journal import WriteJournal
 
 _HEADER_SLACK_BYTES = 4 * 2**20
 _FITTED = "fitted"  # folder of the kept layers
+_INTEGERS, _SCALES = 0, 1  # places in what a layer becomes
 
 
-class CompressedPlan:
-    """What a compressed-tensors folder of a source will hold; refuses before anything is written.
+class Layout(Protocol):
+    """How a format keeps rounded layers."""
+
+    def grid(self, width: int) -> IntegerGrid:
+        """How a matrix with rows of ``width`` weights is rounded."""
+
+    def scale_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """What scales are stored in, where the weights were in ``dtype``."""
+
+    def specs(self, owner: str, size: tuple[int, int], dtype: torch.dtype) -> list[Spec]:
+        """What a layer becomes: its integers, its scales, and whatever else there is."""
+
+    def stored(self, integers: Tensor) -> Tensor:
+        """Some rows of int8 as they are kept."""
+
+    def rest(self, spec: Spec, size: tuple[int, int]) -> Tensor:
+        """What is neither integers nor scales."""
+
+    def notes(self, widths: Mapping[str, int]) -> list[str]:
+        """What a user should know; names of the layers → weights in a row."""
+
+    def quantization_config(
+        self, widths: Mapping[str, int], ignored: Collection[str]
+    ) -> dict[str, Any]:
+        """What config.json must say, so that readers open the folder as it is."""
+
+    def metadata(
+        self, layers: Mapping[str, tuple[int, torch.dtype]], others: Sequence[str]
+    ) -> dict[str, str] | None:
+        """The safetensors header's free text; None is the usual one.
+
+        Args:
+            layers: names of the quantized weights → weights in a row, and the model's dtype.
+            others: names of all other tensors.
+        """
+
+
+class IntegerPlan:
+    """What the folder of a source will hold; refuses before anything is written.
 
     Args:
         source: the model, unquantized.
-        kind: a key of :data:`qft.export.compressed_schemes.SCHEMES`.
+        layout: the format.
         calibration: rows to fit the rounding to; None rounds each weight by itself.
 
     Raises:
@@ -57,9 +89,9 @@ class CompressedPlan:
     """
 
     def __init__(
-        self, source: MergedTensors, kind: str, calibration: Calibration | None = None
+        self, source: MergedTensors, layout: Layout, calibration: Calibration | None = None
     ) -> None:
-        self.source, self.scheme, self.calibration = source, SCHEMES[kind], calibration
+        self.source, self.layout, self.calibration = source, layout, calibration
         skeleton = models.build_skeleton(source.config)
         linears = quantized_linears(skeleton, quantization.unquantized_modules(skeleton))
         self._layers = LayerRows(source, linears, groups=False)
@@ -73,12 +105,12 @@ class CompressedPlan:
         self._ignored = {
             name for name, module in skeleton.named_modules() if isinstance(module, nn.Linear)
         } - set(self._weights.values())
-        self._parents: dict[str, str] = {}  # written name → the source's name
+        self._parents: dict[str, tuple[str, int]] = {}  # written → the source's name, which part
         self._scales: tuple[str, Tensor] | None = None  # of the layer that was written last
         self._tally = DeltaTally()
         self._fitted: dict[str, ShardedCheckpoint] = {}  # a layer's name → where it is kept
         self.specs = [spec for name in source.names() for spec in self._specs(name)]
-        self.notes = self._fallen_back()
+        self.notes = layout.notes(self._widths)
         self.targets = self._targets(skeleton) if calibration is not None else {}
 
     @property
@@ -99,7 +131,7 @@ class CompressedPlan:
                               "of layers")  # fmt: skip
             return {}
         return {
-            owner: Target(size, self.scheme.grid(size[1]), self.source.dtype(name))
+            owner: Target(size, self.layout.grid(size[1]), self._scale_dtype(name))
             for name, owner in self._weights.items()
             if owner.startswith(f"{stacks[0]}.") and (size := self._layers.size(name))
         }
@@ -117,58 +149,51 @@ class CompressedPlan:
         if missed:
             self.notes.append(f"{missed} layer(s) that no row comes to were rounded to nearest")
 
-    def quantization_config(self) -> dict[str, Any]:
-        """What config.json must say, so that transformers and vLLM open the folder as it is."""
-        widths = {owner: self._layers.size(name)[1] for name, owner in self._weights.items()}
-        return quantization_config(self.scheme, widths, self._ignored)
+    @property
+    def _widths(self) -> dict[str, int]:
+        return {owner: self._layers.size(name)[1] for name, owner in self._weights.items()}
 
-    def _fallen_back(self) -> list[str]:
-        fell = {
-            owner: self._layers.size(name)[1]
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json must say, so that readers open the folder as it is."""
+        return self.layout.quantization_config(self._widths, self._ignored)
+
+    def metadata(self) -> dict[str, str] | None:
+        """The safetensors header's free text; None is the usual one."""
+        layers = {
+            f"{owner}.weight": (self._layers.size(name)[1], self.source.dtype(name))
             for name, owner in self._weights.items()
-            if self.scheme.fell_back(self._layers.size(name)[1])
         }
-        found = {width: self.scheme.grid(width).group for width in fell.values()}
-        return [
-            f"{sum(own == width for own in fell.values())} layer(s) with rows of {width} weights "
-            + (f"have a scale for {group} weights" if group else "have one scale a row")
-            + ", because groups of 128 do not fit"
-            for width, group in sorted(found.items())
-        ]
+        others = [self.source.module(n) for n in self.source.names() if n not in self._weights]
+        return self.layout.metadata(layers, others)
 
     def _specs(self, name: str) -> list[Spec]:
         """Everything one tensor of the source becomes."""
-        if name not in self._weights:
-            specs = [(self.source.module(name), self.source.shape(name), self.source.dtype(name))]
+        dtype = self.source.dtype(name)
+        if name in self._weights:
+            specs = self.layout.specs(self._weights[name], self._layers.size(name), dtype)
         else:
-            owner, (height, width) = self._weights[name], self._layers.size(name)
-            scales = (height, self.scheme.grid(width).groups(width))
-            specs = [(f"{owner}.weight_scale", scales, self.source.dtype(name))]
-            if self.scheme.packed:
-                words = -(-width * self.scheme.bits // 32)
-                specs.insert(0, (f"{owner}.weight_packed", (height, words), torch.int32))
-                specs.append((f"{owner}.weight_shape", (2,), torch.int64))
-            else:
-                specs.insert(0, (f"{owner}.weight", (height, width), torch.int8))
-        self._parents |= {written: name for written, _, _ in specs}
+            specs = [(self.source.module(name), self.source.shape(name), dtype)]
+        self._parents |= {spec[0]: (name, place) for place, spec in enumerate(specs)}
         return specs
 
     def produce(self, written: str) -> Iterable[Tensor]:
         """One tensor of the folder in blocks of rows, in any order; their own is the cheapest."""
-        name = self._parents[written]
+        name, place = self._parents[written]
         if name not in self._weights:
             return self.source.blocks(name)
-        if written.endswith(".weight_shape"):
-            return [torch.tensor(self._layers.size(name))]
-        if written.endswith(".weight_scale"):
+        if place == _INTEGERS:
+            return self._integers(name)
+        if place == _SCALES:
             return [self._scales_of(name)]
-        return self._integers(name)
+        size = self._layers.size(name)
+        specs = self.layout.specs(self._weights[name], size, self.source.dtype(name))
+        return [self.layout.rest(specs[place], size)]
 
     def _integers(self, name: str) -> Iterator[Tensor]:
         found = []
         for integers, scales in self._rounded(name):
             found.append(scales)
-            yield pack(integers, self.scheme.bits) if self.scheme.packed else integers
+            yield self.layout.stored(integers)
         self._scales = (name, torch.cat(found))
 
     def _scales_of(self, name: str) -> Tensor:
@@ -192,11 +217,14 @@ class CompressedPlan:
                 self._count(block, name, from_integers(integers, scales))
             yield integers, scales
 
+    def _scale_dtype(self, name: str) -> torch.dtype:
+        return self.layout.scale_dtype(self.source.dtype(name))
+
     def _nearest(self, rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Integers and scales of some rows, each weight rounded by itself."""
-        grid = self.scheme.grid(rows.shape[1])
+        grid = self.layout.grid(rows.shape[1])
         try:
-            scales = find_scales(rows, grid, self.source.dtype(name))
+            scales = find_scales(rows, grid, self._scale_dtype(name))
         except ModelError as error:
             raise ModelError(error.what, where=name, found=error.found) from None
         return to_integers(rows, scales, grid), scales
@@ -227,17 +255,23 @@ def _require_expressible(
     skeleton: nn.Module, linears: dict[str, bool], weights: dict[str, str]
 ) -> None:
     found = type(skeleton).__name__
+    if skeleton.config.is_encoder_decoder:  # type: ignore[union-attr]
+        raise ModelError(
+            "Encoder-decoders are not written in this format: transformers cannot open all of them "
+            "(T5's layers set up weights that are packed).", found=found,
+            fix="export to bnb or safetensors",
+        )  # fmt: skip
     if any(linears.values()):
         raise ModelError(
-            "compressed-tensors has no word for this family's layers, which hold their weights "
-            "transposed.", found=found, fix="export to gguf or safetensors",
+            "This family's layers hold their weights transposed, for which the format has no word.",
+            found=found, fix="export to gguf or safetensors",
         )  # fmt: skip
     if not weights:
         raise ModelError("This model has no linear layer to quantize.", found=found)
 
 
-def write_compressed(
-    plan: CompressedPlan,
+def write_integers(
+    plan: IntegerPlan,
     out: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -263,8 +297,8 @@ def write_compressed(
         write_config(source, folder, quantization_config=described)
         copy_files(source.files, folder)
         write_shards(
-            folder, plan.specs, plan.produce, max_shard_bytes=max_shard_bytes, progress=progress,
-            journal=journal,
+            folder, plan.specs, plan.produce, max_shard_bytes=max_shard_bytes,
+            metadata=plan.metadata(), progress=progress, journal=journal,
         )  # fmt: skip
         plan.close()
         shutil.rmtree(folder / _FITTED, ignore_errors=True)
