@@ -2,7 +2,7 @@
 
     QFT_ASSETS=FOLDER python benchmarks/gguf_importance.py [--rounds 3] [--mixes q2_k q4_k_m]
 
-mini-6m is rounded to each mix without importance and with that of 32 packed rows of 512 tokens of
+mini-6m is rounded to each mix without importance and with that of 16 packed rows of 512 tokens of
 the user's domain (GSM8K's training rows, drawn by three seeds); by qft, and by llama.cpp's own
 quantizer, which is given the same importance. Each file is read by transformers and compared with
 the float32 model on rows it has never met (GSM8K's test rows): mean KL in nats a token. All of it
@@ -38,7 +38,7 @@ from qft.verification.read_back import read_back
 from qft.verification.subject import locate
 
 RESULTS = Path(__file__).parent / "results" / "gguf_importance.json"
-TRAINING_ROWS, CALIBRATION_ROWS, JUDGED_ROWS, LENGTH = 1500, 32, 32, 128
+TRAINING_ROWS, CALIBRATION_ROWS, JUDGED_ROWS, LENGTH = 1000, 16, 32, 128
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ that it would say "!" for ever. So what each format must write, and where it mus
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,9 +44,9 @@ class Case:
 
 CASES = {
     "gguf:f32": Case(1e-4, reads=False, alike=True),
-    "gguf:f16": Case(1e-3, reads=False, alike=True),
+    "gguf:f16": Case(1e-3, alike=True),
     "gguf:bf16": Case(5e-3, reads=False, alike=True),
-    "gguf:q8_0": Case(5e-3, reads=False),
+    "gguf:q8_0": Case(5e-3),
     "gguf:q6_k": Case(1e-2, reads=False, alike=True),
     "gguf:q5_k_m": Case(3e-2, reads=False, alike=True),
     "gguf:q5_k_s": Case(3e-2, reads=False, alike=True),
@@ -60,11 +61,19 @@ CASES = {
     "gguf:q4_1": Case(0.1, reads=False, alike=True),
     "gguf:q5_0": Case(5e-2, reads=False, alike=True),
     "gguf:q5_1": Case(5e-2, reads=False, alike=True),
+    "gguf-lora:f16": Case(math.inf, writes=False, reads=False),
+    "gguf-lora:q8_0": Case(math.inf, writes=False, reads=False),
+    "gguf-lora:f32": Case(math.inf, writes=False, reads=False),
     "bnb:nf4": Case(0.2),
     "bnb:int8": Case(2e-2),
     "safetensors:bf16": Case(5e-3),
     "safetensors:fp16": Case(1e-3),
     "safetensors:fp32": Case(1e-4),
+    "compressed-tensors:w4a16": Case(0.2),
+    "compressed-tensors:w8a16": Case(2e-2, alike=True),
+    "compressed-tensors:w8a8": Case(2e-2),
+    "onnx:fp32": Case(1e-4, writes=False),
+    "onnx:int8": Case(5e-2, writes=False),
 }
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|turn|>\n{% endfor %}"
@@ -227,7 +236,7 @@ def labelled(room: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("format", formats("reads"))
+@pytest.mark.parametrize("format", formats("reads", long=True))
 def test_an_encoder_is_judged_and_writes_nothing(
     command: Run, encoder: Path, labelled: Path, tmp_path: Path, format: str
 ) -> None:
@@ -243,10 +252,25 @@ def test_an_encoder_is_judged_and_writes_nothing(
         assert "reads text and writes none" in err
 
 
+# --- an adapter alone
+
+
+@pytest.mark.parametrize("format", [name for name in CASES if name.startswith("gguf-lora")])
+def test_an_adapter_alone_is_told_from_a_model(
+    command: Run, exported: Any, rows: Path, format: str
+) -> None:
+    out = exported(format)
+    for verb in (("generate", out, "-p", "hi"), ("chat", out), ("eval", out, "--data", rows)):
+        code, shown, err = command(*verb)
+        assert (code, shown) == (2, "")
+        assert "an adapter" in err
+        assert "--lora" in err
+
+
 def test_a_bare_encoder_writes_nothing(command: Run, tiny_bert: Path) -> None:
     code, out, err = command("generate", tiny_bert, "-p", "hi")
     assert (code, out) == (2, "")
-    assert "BertModel for the task classify" in err
+    assert "found: BertModel for the task" in err
 
 
 # --- where a GGUF file may lie

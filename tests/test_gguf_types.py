@@ -15,6 +15,7 @@ from qft import models
 from qft.errors import ModelError
 from qft.export.gguf_format import GGUFPlan
 from qft.gguf.file import StoredAs, write_file
+from qft.gguf.importance import Importance
 from qft.gguf.mixes import MIXES, Choice, choose_types, fall_backs
 from qft.gguf.rounding import encode
 from qft.gguf.types import TYPES
@@ -303,13 +304,14 @@ def test_importance_reaches_the_tensor_it_is_of(assets: Path) -> None:
     name = next(name for name in source.names() if "layers.0.self_attn.q_proj" in name)
     torch.manual_seed(0)
     importance = torch.randn(256).mul(2).exp()
-    plain, weighted = (GGUFPlan(source, "q3_k_s", known) for known in (None, {name: importance}))
+    known = Importance({name: importance}, "rows.jsonl", 1)
+    plain, weighted = (GGUFPlan(source, "q3_k_s", given) for given in (None, known))
     exact = torch.cat(list(GGUFPlan(source, "f32").produce("blk.0.attn_q.weight")))
-    exact = exact.view(torch.float32)
+    exact = exact.view(torch.float32).reshape(-1, 256)
     errors = []
     for plan in (plain, weighted):
         found = decoded(torch.cat(list(plan.produce("blk.0.attn_q.weight"))), "q3_k")
-        errors.append(float(((found - exact) ** 2 * importance).mean()))
+        errors.append(float(((found.reshape(-1, 256) - exact) ** 2 * importance).mean()))
     assert errors[1] < 0.9 * errors[0]
     other = "blk.1.attn_q.weight"
     assert torch.equal(*(torch.cat(list(plan.produce(other))) for plan in (plain, weighted)))
