@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from adapters.edited_rows import EditedRows
 from adapters.low_rank_update import Fold, Update, Weight
 from qft.errors import AdapterError
-from qft.strategy import BaseTensors, Rows
+from qft.strategy import BaseTensors, LowRank, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,6 +160,45 @@ class LowRankMerge:
             else tensor
             for name, tensor in self._parts.replaced.items()
         }
+
+    def factors(self) -> Mapping[str, LowRank]:
+        """See :class:`qft.strategy.Factored`."""
+        parts, updates = self._parts, self._parts.updates.values()
+        beside = [n for n, t in parts.replaced.items() if not self._is_the_bases(n, t)]
+        beside += parts.shifts
+        problems = {
+            "DoRA's magnitudes": any(update.magnitude for update in updates),
+            "an update of embeddings": any(update.lookup for update in updates),
+            "trained token rows": bool(parts.rows),
+            f"tensors trained whole: {', '.join(beside[:3])}{' …' * (len(beside) > 3)}": beside,
+            "keep_zeros": self._keep_zeros,
+            "a start that changed the base": any(update.start for update in updates),
+        }
+        found = [text for text, there in problems.items() if there]
+        if found:
+            raise AdapterError(
+                "This adapter is more than low-rank updates of layers, and cannot stand apart from "
+                "its base in this format.",
+                where=self._folder,
+                found="; ".join(found),
+                fix="export base and adapter as one model: --format gguf:q8_0",
+            )
+        kept = {name: update.apart(self._transposed(name, update))
+                for name, update in parts.updates.items()}  # fmt: skip
+        return {name: update for name, update in kept.items() if update.rank}
+
+    def _is_the_bases(self, name: str, tensor: StoredTensor) -> bool:
+        """Whether it is a copy of the base's own, as PEFT saves a head beside an update of it."""
+        import torch
+
+        from qft.shards import row_blocks
+
+        if self._shapes.get(name) != tuple(tensor.shape):
+            return False
+        return all(
+            torch.equal(self._base.read_rows(name, range(part.start, part.stop)), tensor[part])
+            for part in row_blocks(tensor.shape)
+        )
 
     def config_changes(self) -> Mapping[str, Any]:
         """None: what a larger vocabulary needs is told by its shape."""

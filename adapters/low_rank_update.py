@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qft.strategy import LowRank
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -98,6 +100,13 @@ class Update:
 
         up = self.up[rows].float()
         return up if self.first is None else torch.cat([up, -self.first[0][rows].float()], dim=1)
+
+    def apart(self, transposed: bool) -> LowRank:
+        """The update itself, for whoever adds it; only its two factors and the scale count."""
+        rank = self.up.shape[1] + (self.first[0].shape[1] if self.first is not None else 0)
+        scale = self.scale if self.ranks is None else self.scale / self.ranks
+        shape = (self.up.shape[0], self.down.shape[1])
+        return LowRank(shape, rank, scale, transposed, self.read_up, self.read_down)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qft.errors import Interrupted, QftError, RecipeError, printable
+from qft.errors import Interrupted, QftError, printable
 from qft.quiet_libraries import quiet_libraries
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ Bases = Annotated[
 Named = Annotated[
     str | None,
     typer.Option("--strategy", help="A third party's strategy; its code is imported."),
+]
+HeldIn = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32; an adapter knows its own.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")]
 Pickle = Annotated[bool, typer.Option("--allow-pickle", help="Load .bin weights.")]
@@ -212,9 +215,7 @@ def evaluate(
     too_long: Annotated[
         str | None, typer.Option(help="error, truncate or drop; a run knows its own.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32; an adapter knows its own.")
-    ] = None,
+    dtype: HeldIn = None,
     generate: Annotated[
         bool, typer.Option("--generate", help="Also let it write, and compare the texts.")
     ] = False,
@@ -267,22 +268,24 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     raw: Annotated[bool, typer.Option("--raw", help="Without the chat template.")] = False,
+    task: Annotated[
+        str | None, typer.Option("--task", help="As in a recipe, where it is not known.")
+    ] = None,
+    dtype: HeldIn = None,
     base: Base = None,
     strategy: Named = None,
     allow_pickle: Pickle = False,
     trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Text from any model."""
     from qft.data.language import plain_prompt
     from qft.data.template import has_template
     from qft.generation import generate as run
-    from qft.opening import open_any
 
-    opened = open_any(
-        source, base=base, strategy=strategy, trust=_trust(allow_pickle, trust_remote_code)
-    )
-    _require_writer(opened.task)
+    trust = _trust(allow_pickle, trust_remote_code)
+    opened = _open_writer(source, quiet, task, dtype, base, strategy, trust)
     turns = not raw and opened.task in ("chat", "instruct")
     chat = turns and has_template(opened.tokenizer)
     texts = run(
@@ -306,20 +309,24 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="At most this many a turn.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    dtype: HeldIn = None,
     base: Base = None,
     strategy: Named = None,
+    allow_pickle: Pickle = False,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
 ) -> None:
     """Talk to any model; an empty line or Ctrl-D ends it."""
     from qft.generation import stream_chat
-    from qft.opening import open_any
 
-    opened = open_any(source, base=base, strategy=strategy)
-    _require_writer(opened.task)
+    trust = _trust(allow_pickle, trust_remote_code)
+    opened = _open_writer(source, quiet, None, dtype, base, strategy, trust)
     messages = [{"role": "system", "content": system}] if system else []
     while True:
         try:
             said = input("you: ").strip()
         except EOFError:
+            print()
             break
         if not said:
             break
@@ -430,7 +437,7 @@ def merge(
 def export_model(
     source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
     out: Out,
-    format: Annotated[str, typer.Option("--format", "-f", help="For example gguf:q8_0, bnb:nf4.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="One of `qft formats`.")],
     base: Bases = None,
     fuse: Annotated[
         bool,
@@ -485,6 +492,15 @@ def export_model(
         reporter=_reporter(quiet, as_json),
     )
     _print(report, as_json, lambda: print(out))
+
+
+@app.command()
+def formats(as_json: Json = False) -> None:
+    """The formats that a model can be exported to."""
+    from qft.export.format_table import format_table
+
+    rows = format_table()
+    _print(rows, as_json, lambda: _show_formats(rows))
 
 
 @app.command("verify")
@@ -743,10 +759,25 @@ def _trust(allow_pickle: bool, remote_code: bool) -> Any:
     return Trust(allow_pickle, remote_code)
 
 
-def _require_writer(task: str) -> None:
-    if task in ("classify", "extract", "token"):
-        raise RecipeError(f"A model for the task {task} writes no text.",
-                          fix="qft eval MODEL --data FILE")  # fmt: skip
+def _open_writer(
+    source: str,
+    quiet: bool,
+    task: str | None,
+    dtype: str | None,
+    base: str | None,
+    strategy: str | None,
+    trust: Any,
+) -> Any:
+    """Opens a model that writes; on standard error how it is held, where that may surprise."""
+    from qft.hardware import choose
+    from qft.opening import open_any
+
+    held = {} if dtype is None else {"dtype": choose(dtype=dtype).dtype}
+    opened = open_any(source, base=base, strategy=strategy, task=task, trust=trust, to_write=True,
+                      **held)  # fmt: skip
+    if opened.note is not None and not quiet:
+        print(f"note: {printable(opened.note)}", file=sys.stderr)
+    return opened
 
 
 def _columns(pairs: list[str] | None) -> dict[str, str | int]:
@@ -787,6 +818,14 @@ def _table(values: dict[str, Any], indent: str = "") -> None:
 def _show_folds(summary: dict[str, Any]) -> None:
     for name, mean in summary["mean"].items():
         print(f"{name}: {mean:.4f} ± {summary['deviation'][name]:.4f}")
+
+
+def _show_formats(rows: list[dict[str, Any]]) -> None:
+    width = max(len(row["name"]) for row in rows)
+    fitted = {"never": "", "asked": "; --calibrate fits it to rows", "always": "; fitted to rows"}
+    for row in rows:
+        lost = f"may lose {row['mean_kl']:g} nats"
+        print(f"{row['name']:<{width}}  {row['runs_in']}; {lost}{fitted[row['fitted']]}")
 
 
 def _show_strategies(rows: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from qft.errors import WillNotFitError
+from qft.errors import RecipeError, WillNotFitError
 from qft.judging.classes import ClassJudge
 from qft.judging.judge import Judge
 from qft.judging.spans import SpanJudge
@@ -67,6 +67,7 @@ def evaluate(
 
     Raises:
         ModelError: there are other classes in the data than in the model.
+        RecipeError: the task has no measures.
         WillNotFitError: not even one example fits.
     """
     if not examples:
@@ -110,6 +111,13 @@ def judge_of(task: Task, labels: Sequence[str] | None) -> Judge:
             return SpanJudge()
         case "tags":
             return TagJudge(labels)
+        case "vectors":
+            raise RecipeError(
+                "An encoder without a head answers with vectors, and nothing judges these.",
+                where="task",
+                found=task.name,
+                fix="train a head (task: classify), or compare two models: qft verify",
+            )
         case _:
             return TokenJudge()
 

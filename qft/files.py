@@ -25,7 +25,7 @@ MANIFEST = "manifest.json"
 _TEMPORARY = ".unfinished-"
 _NO_PLACE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG, errno.EBUSY, errno.EINVAL,
+    errno.ENAMETOOLONG, errno.EBUSY, errno.EINVAL, errno.EIO, errno.ESTALE,
 )  # fmt: skip
 _FORMER = f"{_TEMPORARY}former-"
 

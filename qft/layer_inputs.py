@@ -13,29 +13,39 @@ Hook = Callable[..., None]
 
 
 def run_watched(
-    layer: StreamedLayer, watched: Mapping[str, nn.Module], watch: Callable[[str], Hook]
+    layer: StreamedLayer,
+    watched: Mapping[str, nn.Module],
+    watch: Callable[[str], Hook],
+    *,
+    propagate: bool = False,
 ) -> None:
     """Runs a layer over all batches with a hook before each watched module.
 
     Args:
         watched: parts of the layer, by name.
         watch: name → a hook as ``register_forward_pre_hook`` takes it.
+        propagate: see :meth:`qft.layer_stream.StreamedLayer.run`.
     """
     hooks = [module.register_forward_pre_hook(watch(name)) for name, module in watched.items()]
     try:
-        layer.run()
+        layer.run(propagate=propagate)
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def observe_inputs(
-    layer: StreamedLayer, watched: Mapping[str, nn.Module], observe: Callable[[str, Tensor], None]
+    layer: StreamedLayer,
+    watched: Mapping[str, nn.Module],
+    observe: Callable[[str, Tensor], None],
+    *,
+    propagate: bool = False,
 ) -> None:
     """Runs a layer over all batches and shows what is given to each watched module.
 
     Args:
         observe: called with the module's name and ``[tokens, in]``, a row of a batch at a time.
+        propagate: see :meth:`qft.layer_stream.StreamedLayer.run`.
     """
 
     def watch(name: str) -> Hook:
@@ -45,7 +55,7 @@ def observe_inputs(
 
         return before
 
-    run_watched(layer, watched, watch)
+    run_watched(layer, watched, watch, propagate=propagate)
 
 
 def text_rows(x: Tensor, tokens: Tensor) -> Iterator[Tensor]:

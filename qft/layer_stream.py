@@ -134,6 +134,11 @@ class Stream:
             for batch in self._rows:
                 batch.arguments[index] = ((), {})
 
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return len(self._rows)
+
     def hidden(self, batch: int) -> Tensor:
         """A batch's hidden states where it is now, ``[batch, length, hidden]``, on the host."""
         return self._rows[batch].hidden
@@ -195,6 +200,22 @@ class Stream:
             layer.forward = _finished(row, self.device)
         return self.model(**self._inputs(self._batches[number], type(self.model)))
 
+    def head_input(self, number: int) -> Tensor:
+        """What a language model's head is given for a batch, ``[batch, length, hidden]``.
+
+        As `output`, but the head itself need not come into memory.
+        """
+        head = output_embeddings(self.model)
+        assert head is not None
+        hook = head.register_forward_pre_hook(_stop_at_head, prepend=True)
+        try:
+            self.output(number)
+        except _HeadReachedError as reached:
+            return reached.given
+        finally:
+            hook.remove()
+        raise ModelError("This model does not call its head.", found=type(self.model).__name__)
+
     def logits(self, number: int, places: Tensor) -> Tensor:
         """A language model's logits at some places of a batch; the head sees no others.
 
@@ -244,6 +265,18 @@ class _Batch:
 
 class _AllRecordedError(Exception):
     """The last layer was reached; what lies above it need not run."""
+
+
+class _HeadReachedError(Exception):
+    """The head was reached; what it would make of its input need not run."""
+
+    def __init__(self, given: Tensor) -> None:
+        super().__init__()
+        self.given = given
+
+
+def _stop_at_head(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    raise _HeadReachedError(arguments[0])
 
 
 def _recorder(seen: list[_Batch], number: int, count: int) -> Callable[..., Any]:

@@ -134,7 +134,17 @@ class LayerWeights:
                 module._buffers[key] = torch.zeros_like(buffer, device=self.device)
                 computed = True
         if computed:
-            self.skeleton._init_weights(module)
+            self._compute_buffers(module)
+
+    def _compute_buffers(self, module: nn.Module) -> None:
+        """As the model's own start does, which would draw the weights anew as well."""
+        held = dict(module._parameters)
+        for key, parameter in held.items():
+            if parameter is not None:
+                nothing = torch.empty_like(parameter, device="meta")
+                module._parameters[key] = nn.Parameter(nothing, requires_grad=False)
+        self.skeleton._init_weights(module)
+        module._parameters.update(held)
 
 
 def module_names_of(skeleton: nn.Module) -> dict[nn.Module, str]:

@@ -36,6 +36,7 @@ AUTO_CLASSES = {
     "classify": "AutoModelForSequenceClassification",
     "extract": "AutoModelForQuestionAnswering",
     "token": "AutoModelForTokenClassification",
+    "embed": "AutoModel",  # an encoder without a head; nothing trains it as such
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ORIGINAL_KEY = "qft_original_fingerprint"  # in config.json of a folder that qft quantized
@@ -103,7 +104,8 @@ def resolve_folder(source: str, trust: Trust | None = None) -> Path:
     path = Path(source).expanduser()
     if path.exists():
         if not path.is_dir():
-            raise ModelError("A model is a folder, not a file.", where=source)
+            raise ModelError("A model is a folder or a .gguf file.", where=source,
+                             fix="name the folder it lies in")  # fmt: skip
         return path
     if not _HUB_ID.match(source):
         near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
@@ -244,14 +246,24 @@ def task_of(config: Mapping[str, Any]) -> str:
 
 def task_to_train(config: Mapping[str, Any]) -> str:
     """What a model is most likely trained for: an encoder that does not say so, to classify."""
+    task = task_of(config)
+    said = config.get(TASK_KEY) == task
+    return "classify" if task == "text" and is_encoder(config) and not said else task
+
+
+def task_to_run(config: Mapping[str, Any]) -> str:
+    """What a finished model does: an encoder without a head gives vectors."""
+    task = task_of(config)
+    return "embed" if task == "text" and is_encoder(config) else task
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json's model reads a text from both sides, as BERT does."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    task = task_of(config)
     named = str((config.get("architectures") or [""])[0])
     writes = config.get("is_decoder") or named.endswith(("ForCausalLM", "LMHeadModel"))
-    said = config.get(TASK_KEY) == task
-    encoder = config.get("model_type") in MASKED and not writes and not said
-    return "classify" if task == "text" and encoder else task
+    return config.get("model_type") in MASKED and not writes
 
 
 def labels_in(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from qft import evaluation, hardware, models
 from qft.data.tasks import TASKS, pad_id
@@ -50,7 +51,7 @@ def evaluate(
     Raises:
         QftError: the model or the rows cannot be opened.
     """
-    held = {} if dtype is None else {"dtype": hardware.choose(dtype=dtype).dtype}
+    held: dict[str, Any] = {} if dtype is None else {"dtype": hardware.choose(dtype=dtype).dtype}
     opened = open_any(source, base=base, strategy=strategy, task=task, trust=trust, **held)
     if opened.task not in TASKS:
         raise RecipeError("No such task.", where="--task", found=opened.task,
@@ -67,7 +68,7 @@ def evaluate(
         limit=limit,
         too_long=too_long,
     )
-    for note in rows.notes:
+    for note in [*([opened.note] if opened.note else []), *rows.notes]:
         reporter.say(note)
     if not generate and (execute_code or predictions is not None):
         raise RecipeError("Only texts that are written can be run or kept.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -129,6 +129,38 @@ class Merge(Protocol):
 
     def config_changes(self) -> Mapping[str, Any]:
         """Keys to set in the merged model's config.json."""
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An update of one weight, ``scale · up @ down``, read when it is wanted.
+
+    Attributes:
+        shape: of the update, ``(out, in)``.
+        rank: how many columns ``up`` has, and rows ``down``.
+        transposed: whether the base stores the weight ``[in, out]``.
+        up: some rows of it, float32 ``[rows, rank]``.
+        down: all of it, float32 ``[rank, in]``.
+    """
+
+    shape: tuple[int, int]
+    rank: int
+    scale: float
+    transposed: bool
+    up: Callable[[slice], Tensor]
+    down: Callable[[], Tensor]
+
+
+@runtime_checkable
+class Factored(Protocol):
+    """A :class:`Merge` that may be nothing but low-rank updates: what a runtime can add itself."""
+
+    def factors(self) -> Mapping[str, LowRank]:
+        """The whole change, by the weight's name.
+
+        Raises:
+            AdapterError: it is more than that; says what.
+        """
 
 
 class Strategy(BaseModel):

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from qft.files import write_text
 
 FILE = "journal.jsonl"
-_EVERY_BYTES = 64 * 2**20  # written between two lines; a kill costs at most these and one tensor
+_EVERY_BYTES = 64 * 2**20  # written between two lines
 _BLOCK = 1 << 20
 
 

@@ -135,3 +135,16 @@ def test_rows_where_they_are_no_use_or_there_are_none(tiny_llama: Path) -> None:
     with pytest.raises(RecipeError, match="no rows to fit") as caught:
         calibrate_on(reference)
     assert "--calibration-data" in caught.value.text()
+
+
+def test_the_table_of_formats_says_whose_rounding_fits_to_rows() -> None:
+    from qft.export import format_table
+    from qft.export.formats import FORMATS
+
+    rows = {row["name"]: row for row in format_table.format_table()}
+    assert list(rows) == list(FORMATS)
+    expected = {
+        "gguf:f16": "never", "gguf:q4_k_m": "asked", "compressed-tensors:w4a16": "always",
+        "bnb:nf4": "never",
+    }  # fmt: skip
+    assert {name: rows[name]["fitted"] for name in expected} == expected

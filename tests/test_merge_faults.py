@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
@@ -20,6 +19,7 @@ import pytest
 import torch
 from merge_bases import make_base, wrapped
 from safetensors.torch import load_file, save_file
+from write_faults import Moments, contents, counted_in_a_child, in_a_child, kill, on_a_small_disk
 
 from qft import cli, shards, write_journal
 from qft.errors import Interrupted, ModelError, QftError, SaveError
@@ -51,11 +51,6 @@ def merge(made: Path, out: Path, **options: Any) -> dict[str, Any]:
     return delivery.merge(made / "adapter", out, base=str(made / "base"), **options)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}  # fmt: skip
-
-
 @pytest.fixture
 def sources_stay(made):
     """Neither base nor adapter may change, whatever happens."""
@@ -77,54 +72,6 @@ def many_writes(monkeypatch):
     monkeypatch.setattr(write_journal, "_EVERY_BYTES", 1)
 
 
-class Moments:
-    """Counts what happens to files, and does something at a chosen one."""
-
-    def __init__(self, monkeypatch, folder: Path, at: int, act: Callable[[], None]) -> None:
-        self.count, self._at, self._act, self._folder = 0, at, act, str(folder)
-        plain = write_journal.JournalledFile.write
-
-        def write(file, data):
-            self.tick()
-            plain(file, data)
-
-        monkeypatch.setattr(write_journal.JournalledFile, "write", write)
-        sys.addaudithook(self._heard)  # for as long as the process lives: only in a child's
-
-    def tick(self) -> None:
-        self.count += 1
-        if self.count == self._at:
-            self._act()
-
-    def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.chmod") and (
-            self._folder in str(arguments[0])
-        ):
-            self.tick()
-
-
-def in_a_child(work: Callable[[], int]) -> int:
-    """Runs in a forked process; its exit code, negative where a signal ended it."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            os.dup2(null, 2)
-            torch.set_num_threads(1)
-            code = work()
-        except SystemExit as error:
-            code = int(error.code or 0)
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def command(made: Path, out: Path, *flags: str) -> int:
     """`qft merge`, as its entry point runs it."""
     sys.argv = ["qft", "merge", str(made / "adapter"), "--out", str(out),
@@ -137,19 +84,12 @@ def command(made: Path, out: Path, *flags: str) -> int:
 
 
 def moments_of(made: Path, out: Path, monkeypatch, *flags: str) -> int:
-    """How many there are in a whole run, told by a child through a file."""
+    """How many there are in a whole run."""
     told = out.parent.parent / "told"
-
-    def work() -> int:
-        moments = Moments(monkeypatch, out.parent, -1, lambda: None)
-        code = command(made, out, *flags)
-        told.write_text(str(moments.count))
-        return code
-
-    assert in_a_child(work) == 0
+    count = counted_in_a_child(out.parent, told, monkeypatch, lambda: command(made, out, *flags))
     shutil.rmtree(out.parent)
     out.parent.mkdir()
-    return int(told.read_text())
+    return count
 
 
 def test_killed_at_any_moment_the_same_command_ends_byte_equal(
@@ -336,20 +276,13 @@ def test_a_real_disk_that_is_full(tmp_path, made, monkeypatch, sources_stay):
     place.mkdir()
 
     def work() -> int:
-        system = ctypes.CDLL(None, use_errno=True)
-        new_mounts, new_user, private = 0x20000, 0x10000000, 0x40000 | 0x4000
-        if system.unshare(new_mounts) and system.unshare(new_mounts | new_user):
-            return 77
-        system.mount(b"none", b"/", None, private, None)
-        if system.mount(b"tmpfs", bytes(place), b"tmpfs", 0, b"size=100k"):
-            return 77
         try:
             merge(made, place / "out")
         except SaveError as error:
             return 7 if "disk is full" in str(error) and not list(place.iterdir()) else 8
         return 0
 
-    code = in_a_child(work)
+    code = on_a_small_disk(place, 100, work)
     if code == 77:
         pytest.skip("no file system may be mounted here")
     assert code == 7

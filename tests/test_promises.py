@@ -30,10 +30,11 @@ _PLACES = """
     lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
-    four_bit quantization pooling model_dropout shards write_journal shard_writer models
+    four_bit quantization pooling model_dropout shards onnx_files write_journal shard_writer models
     adapter_folder strategy_table
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
-    data.examples data.language data.seq2seq data.classify data.extract data.tagging data.packing
+    data.conversations data.examples data.language data.seq2seq data.classify data.extract
+    data.tagging data.embed data.packing
     data.augment data.splits data.tasks data.preflight inputs shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
@@ -58,18 +59,28 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness checking training folds
-    gguf.types gguf.rounding gguf.mixes gguf.file gguf.architectures gguf.vocabulary
-    export.safetensors_format export.gguf_format
+    gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
+    gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
+    gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
+    gguf.checked gguf.token_table gguf.pre_tokenizers gguf.byte_level_vocabulary
+    gguf.sentencepiece_vocabulary gguf.wordpiece_vocabulary gguf.special_tokens gguf.vocabulary
+    gguf.turns gguf.modelfile gguf.importance
+    export.safetensors_format export.gguf_format export.gguf_adapter_format
+    export.onnx_graph export.onnx_format
     export.delta_rounding export.layer_rows export.bnb_format
     export.integer_rounding export.error_compensation export.integer_plan
     export.compressed_schemes export.torchao_format
-    export.formats
-    verification.thresholds verification.read_back verification.diagnosis verification.tally
-    verification.subject verification.tensors_check verification.tokens_check verification.stops
+    export.writers export.formats
+    verification.thresholds verification.gguf_config verification.gguf_encoder
+    verification.onnx_model verification.read_back verification.diagnosis verification.tally
+    verification.subject verification.adapter_file
+    verification.tensors_check verification.tokens_check
+    verification.llama_tokens verification.cut_check verification.gguf_numbers
+    verification.gguf_tokens verification.stops
     verification.answers verification.listening verification.verify verification.layerwise
-    verification.streams verification.summary opening written scoring verification.proof
-    export.right_base export.calibration export.beside export.place export.proven
-    export.delivery export healing
+    verification.streams verification.summary gguf_model opening written scoring verification.proof
+    export.format_table export.right_base export.calibration export.beside export.place
+    export.proven export.delivery export healing
     demo.docstrings demo.job
     cli
 """

@@ -25,6 +25,7 @@ from qft.layer_weights import LayerWeights
 from qft.lean.model_parts import layer_stacks
 from qft.merging.merge import open_source, write_model
 from qft.strategy import Context
+from qft.verification.adapter_file import APART
 from qft.verification.stops import check_generation, taught_ids
 from qft.verification.subject import locate, of_adapter
 from qft.verification.tally import first_diverging
@@ -107,7 +108,13 @@ def refused(reference: Path, artefact: Path, data: str, **settings: Any) -> Veri
 # --- good artefacts
 
 
-@pytest.mark.parametrize("format", list(FORMATS))
+OFTEN = ("gguf:q8_0", "gguf:q4_k_m", "bnb:nf4", "compressed-tensors:w8a16", "safetensors:bf16")
+
+
+@pytest.mark.parametrize("format", [
+    format if format in OFTEN else pytest.param(format, marks=pytest.mark.slow)
+    for format in FORMATS if not format.startswith((APART, "onnx:"))
+])  # fmt: skip
 def test_every_format_passes_and_says_its_own_name(
     mini: Path, adapter: Path, data: str, tmp_path: Path, format: str
 ) -> None:

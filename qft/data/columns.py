@@ -11,6 +11,7 @@ from qft.recipe import Columns
 # For each task: role → the names that columns with it usually have, the surest first.
 USUAL_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     "text": {"text": ("text", "content", "story", "document", "passage", "sentence", "code")},
+    "embed": {"text": ("text", "sentence", "content", "document", "passage", "query", "title")},
     "classify": {
         "text": (
             "text",

@@ -142,7 +142,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     # what a label is, and so what is measured
-    predicts: ClassVar[Literal["tokens", "class", "span", "tags"]]
+    predicts: ClassVar[Literal["tokens", "class", "span", "tags", "vectors"]]
 
     def flatten(self, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The rows as one an example, where the task's usual files nest them."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qft.data.augment import augmented
 from qft.data.classify import ClassifyTask
 from qft.data.columns import find_columns
+from qft.data.embed import EmbedTask
 from qft.data.encoding import pad_id
 from qft.data.examples import (
     EncodeSettings,
@@ -54,6 +55,7 @@ TASKS: dict[str, Task] = {
         ClassifyTask(),
         ExtractTask(),
         TokenTask(),
+        EmbedTask(),
     )
 }
 

@@ -8,7 +8,7 @@ from qft.calibration import Calibration, collated, drawn
 from qft.data.examples import fingerprint
 from qft.data.tasks import TASKS, ExampleSet, load_examples, load_train_eval, pad_id
 from qft.errors import RecipeError
-from qft.export.formats import FITTED, fits_to_rows, fitted_unasked
+from qft.export.formats import FORMATS, fits_to_rows, fitted_unasked
 from qft.hardware import choose
 from qft.held_out import recipe_of
 from qft.models import longest_input
@@ -38,9 +38,10 @@ def calibration_for(
     wanted = asked is True or (asked is None and data is not None)
     if not fits_to_rows(format):
         if wanted:
+            fitted = [name for name in FORMATS if fits_to_rows(name)]
             raise RecipeError("This format rounds each number by itself; rows change nothing.",
                               where="--calibrate", found=format,
-                              fix=f"leave it out, or one of {', '.join(FITTED)}")  # fmt: skip
+                              fix=f"leave it out, or one of {', '.join(fitted)}")  # fmt: skip
         return None
     if asked is False or not (wanted or fitted_unasked(format)):
         return None

@@ -21,7 +21,7 @@ from qft.errors import QftError, RecipeError
 from qft.export.beside import beside_bytes, write_beside
 from qft.export.calibration import calibration_for
 from qft.export.delta_rounding import DeltaRounding
-from qft.export.formats import ExportReport, require_known, write_format
+from qft.export.formats import require_known, write_format
 from qft.export.place import proven_first, require_place
 from qft.export.proven import artefact_of, proven, say_losses
 from qft.export.right_base import (
@@ -35,13 +35,16 @@ from qft.export.right_base import (
     require_word,
     rounding_of,
 )
+from qft.export.writers import ExportReport
 from qft.held_out import recipe_of
 from qft.merging.merge import open_source, write_model
 from qft.merging.tensors import MergedTensors
 from qft.merging.together import combine_folders, listed, located
+from qft.pooling import CONFIG_KEY, resolve_pooling
 from qft.progress import QUIET, Reporter, human_bytes
+from qft.verification.adapter_file import APART, require_adapter
 from qft.verification.proof import rows_of
-from qft.verification.stops import complete_stops
+from qft.verification.stops import complete_stops, needed_stops
 from qft.verification.subject import Subject, locate, of_adapter
 
 _STORED_AS = {"bfloat16": "safetensors:bf16", "float16": "safetensors:fp16"}
@@ -196,7 +199,7 @@ def export(
         report = {**asdict(written), "path": str(Path(out) / written.path.relative_to(target)),
                   "notes": notes, "base": choice and choice.to_dict()}  # fmt: skip
         if rows is not None:
-            artefact = artefact_of(choice, written.path, reference, strategy)
+            artefact = artefact_of(choice, written, reference, strategy)
             report |= proven(reference, artefact, rows, format, report, reporter)
         say_losses(written.delta_rounding, report.get("loss"), reporter)
     return report
@@ -229,8 +232,14 @@ def _export_choice(
     data: str | None,
     reporter: Reporter,
 ) -> BaseChoice | None:
-    """Which base an export is made from; None is a model without an adapter, as it is stored."""
+    """Which base an export is made from.
+
+    None is a model without an adapter, as it is stored, or an adapter without its base.
+    """
     found = reference.adapter
+    if format.startswith(APART):
+        require_adapter(reference, onto)
+        return None
     if found is None:
         return choose_plain(reference.folder, format, onto, fuse)
     if not format.startswith("bnb:"):
@@ -286,20 +295,35 @@ def _write(
         # rounded once, to the format's own numbers; these keep the base's dtype beside them
         keeps = format.startswith(("bnb:", "compressed-tensors:", "torchao:"))
         tensors = _open(found, None if keeps else torch.float32, choice)
+    elif found is not None:
+        tensors = _open(found, None, None)
     else:
-        folder = reference.folder
-        tensors = open_source(folder, models.open_skeleton(folder, reference.spec))
+        tensors = _open_plain(reference)
     with reporter.bar(f"export {format}", tensors.total_bytes()) as bar:
         written = write_format(tensors, format, target, calibration=calibration,
-                               overwrite=overwrite, progress=bar.advance)  # fmt: skip
+                               overwrite=overwrite, progress=bar.advance,
+                               stops=needed_stops(reference))  # fmt: skip
     tensors.close()
     return written
 
 
-def _open(found: AdapterFolder, dtype: torch.dtype | None, choice: BaseChoice) -> MergedTensors:
+def _open_plain(reference: Subject) -> MergedTensors:
+    """A model as it is stored; an encoder without a head says how a text becomes one vector."""
+    folder = reference.folder
+    skeleton = models.open_skeleton(folder, reference.spec)
+    tensors = open_source(folder, skeleton)
+    if reference.spec.task == "embed":
+        kind = resolve_pooling("auto", folder, skeleton.config)
+        tensors.config = {**tensors.config, CONFIG_KEY: kind}
+    return tensors
+
+
+def _open(
+    found: AdapterFolder, dtype: torch.dtype | None, choice: BaseChoice | None
+) -> MergedTensors:
     skeleton = models.open_skeleton(found.base, found.spec())
     rounding = None
-    if choice.onto == "dequantized" and not is_stored_quantized(found.base):
+    if choice is not None and choice.onto == "dequantized" and not is_stored_quantized(found.base):
         rounding = rounding_of(found, skeleton)
     tensors = open_source(
         found.base, skeleton, adapter=found.folder, strategy=found.strategy, dtype=dtype,

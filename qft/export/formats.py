@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from qft.calibration import Calibration
 from qft.errors import RecipeError
-from qft.export.delta_rounding import DeltaRounding
-from qft.files import new_folder, require_absent, require_disk
-from qft.merging.merge import Progress, write_model
-from qft.merging.side_files import files_bytes
-from qft.merging.tensors import MergedTensors, TensorSource
+from qft.export.writers import WRITERS, ExportReport, Writing
+from qft.files import require_absent
+from qft.merging.merge import Progress
+from qft.merging.tensors import MergedTensors
 from qft.shard_writer import MAX_SHARD_BYTES
-from qft.shards import tensor_bytes
 
-if TYPE_CHECKING:
-    from qft.export.integer_plan import Layout
-
+# Bits of the GGUF mixes: of a model of Llama 3.1 8B's shape.
 FORMATS = {
     "gguf:f16": "llama.cpp and Ollama, 16 bits",
-    "gguf:q8_0": "llama.cpp and Ollama, 8 bits",
+    "gguf:q8_0": "llama.cpp and Ollama, 8.5 bits a weight",
+    "gguf:q6_k": "llama.cpp and Ollama, 6.6 bits",
+    "gguf:q5_k_m": "llama.cpp and Ollama, 5.7 bits",
+    "gguf:q5_k_s": "llama.cpp and Ollama, 5.6 bits",
+    "gguf:q4_k_m": "llama.cpp and Ollama, 4.9 bits: the usual choice",
+    "gguf:q4_k_s": "llama.cpp and Ollama, 4.7 bits",
+    "gguf:q3_k_l": "llama.cpp and Ollama, 4.3 bits",
+    "gguf:q3_k_m": "llama.cpp and Ollama, 4.0 bits",
+    "gguf:q3_k_s": "llama.cpp and Ollama, 3.6 bits",
+    "gguf:q2_k": "llama.cpp and Ollama, 3.2 bits: a last resort",
+    "gguf:iq4_nl": "llama.cpp and Ollama, 4.7 bits in blocks of 32, for narrow rows",
+    "gguf:q4_0": "llama.cpp and Ollama, 4.6 bits; an older type, fast on ARM",
+    "gguf:q4_1": "llama.cpp and Ollama, 5.1 bits; an older type",
+    "gguf:q5_0": "llama.cpp and Ollama, 5.6 bits; an older type",
+    "gguf:q5_1": "llama.cpp and Ollama, 6.0 bits; an older type",
     "gguf:bf16": "llama.cpp and Ollama, 16 bits, the range of float32",
     "gguf:f32": "llama.cpp and Ollama, 32 bits",
+    "gguf-lora:f16": "the adapter alone, for llama.cpp and Ollama to add to its base, 16 bits",
+    "gguf-lora:q8_0": "the same, 8 bits",
+    "gguf-lora:f32": "the same, 32 bits",
     "bnb:nf4": "transformers, 4 bits",
     "bnb:int8": "transformers, 8 bits",
     "compressed-tensors:w4a16": "vLLM and transformers, weights of 4 bits",
@@ -33,34 +45,19 @@ FORMATS = {
     "safetensors:bf16": "transformers, vLLM and most others, 16 bits",
     "safetensors:fp16": "the same, for hardware without bfloat16",
     "safetensors:fp32": "the same, 32 bits",
+    "onnx:fp32": "onnxruntime, encoders only, 32 bits",
+    "onnx:int8": "onnxruntime, encoders only, 8 bits",
 }
 
 # Families, or formats where one differs from its family, whose rounding can be fitted to rows →
 # whether it is, unless the user says otherwise.
 FITTED: dict[str, bool] = {
+    "gguf": False,  # it costs a pass of the rows through the model
     "compressed-tensors": False,  # 8 bits lose next to nothing as it is
     "compressed-tensors:w4a16": True,
     "torchao": False,
 }
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        format: one of FORMATS.
-        path: the .gguf file, or the model folder.
-        bytes: of the tensors on disk.
-        notes: what a user should know, a sentence each.
-        delta_rounding: what a quantized format has left of an adapter's change.
-    """
-
-    format: str
-    path: Path
-    bytes: int
-    notes: tuple[str, ...] = ()
-    delta_rounding: DeltaRounding | None = None
+_BY_ITSELF = ("gguf:f32", "gguf:f16", "gguf:bf16", "gguf:q8_0")  # each number, or its block
 
 
 def write_format(
@@ -72,8 +69,11 @@ def write_format(
     calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    stops: Sequence[int] = (),
 ) -> ExportReport:
     """Writes ``source`` in one of FORMATS into the folder ``out``, tensor by tensor.
+
+    GGUF and safetensors that were killed or interrupted go on where they were, to the same bytes.
 
     Args:
         source: from :func:`qft.merging.merge.open_source`; no merged copy is made on disk.
@@ -83,9 +83,12 @@ def write_format(
         calibration: rows to fit the rounding to, for a format that :func:`fits_to_rows`.
         overwrite: replace what ``out`` holds, once the new one is complete.
         progress: called with the source's bytes done; they add up to the source's own total.
+        stops: tokens that must end a generation, beside those the source's own files name; a GGUF
+            file holds them all.
 
     Raises:
         RecipeError: there is no such format.
+        AdapterError: the adapter cannot stand apart from its base in this format.
         ModelError: the format cannot express this model or its tokenizer.
         OutputExistsError: ``out`` is taken.
         SaveError: the disk is full; nothing is left behind.
@@ -93,73 +96,13 @@ def write_format(
     out = Path(out)
     require_known(format)
     require_absent(out, overwrite=overwrite)
-    family, _, kind = format.partition(":")
-    total = _source_bytes(source)
-    if family == "safetensors":
-        from qft.export.safetensors_format import DTYPES, InDtype
-
-        cast = InDtype(source, DTYPES[kind])
-        written = write_model(
-            cast, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-            progress=_scaled(progress, _source_bytes(cast), total),
-        )  # fmt: skip
-        return ExportReport(format, out, written)
-    if family == "bnb":
-        from qft.export.bnb_format import BnbPlan, write_bnb
-
-        quantized = BnbPlan(source, kind)
-        require_disk(out, quantized.bytes + files_bytes(source.files))
-        with new_folder(out, overwrite=overwrite) as folder:
-            write_bnb(quantized, folder, max_shard_bytes,
-                      _scaled(progress, quantized.bytes, total))  # fmt: skip
-        return ExportReport(format, out, quantized.bytes, tuple(quantized.notes),
-                            quantized.delta_rounding())  # fmt: skip
-    if family in ("compressed-tensors", "torchao"):
-        from qft.export.integer_plan import IntegerPlan, write_integers
-
-        integers = IntegerPlan(source, _layout(family, kind), calibration)
-        work = integers.bytes + integers.fitted_bytes
-        write_integers(integers, out, max_shard_bytes=max_shard_bytes, overwrite=overwrite,
-                       progress=_scaled(progress, work, total))  # fmt: skip
-        return ExportReport(format, out, integers.bytes, tuple(integers.notes),
-                            integers.delta_rounding())  # fmt: skip
-    from qft.export.gguf_format import GGUFPlan, write_gguf
-
-    plan = GGUFPlan(source, kind)
-    require_disk(out, plan.bytes + files_bytes(source.files))
-    with new_folder(out, overwrite=overwrite) as folder:
-        name = write_gguf(plan, folder, _scaled(progress, plan.tensor_bytes, total)).name
-    return ExportReport(format, out / name, (out / name).stat().st_size, tuple(plan.notes))
-
-
-def _layout(family: str, kind: str) -> Layout:
-    from qft.export.compressed_schemes import SCHEMES, CompressedLayout
-    from qft.export.torchao_format import TorchaoLayout
-
-    return TorchaoLayout() if family == "torchao" else CompressedLayout(SCHEMES[kind])
-
-
-def _source_bytes(source: TensorSource) -> int:
-    return sum(tensor_bytes(source.shape(name), source.dtype(name)) for name in source.names())
-
-
-def _scaled(progress: Progress | None, written: int, total: int) -> Progress | None:
-    """Reports bytes of the file as bytes of the source, exact at the end."""
-    if progress is None:
-        return None
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        progress(done * total // max(1, written) - before * total // max(1, written))
-
-    return advance
+    job = Writing(source, format, out, max_shard_bytes, calibration, stops, overwrite, progress)
+    return WRITERS[format.partition(":")[0]](job)
 
 
 def fits_to_rows(format: str) -> bool:
     """Whether the rounding of a format can be fitted to rows."""
-    return format.split(":")[0] in FITTED
+    return format.split(":")[0] in FITTED and format not in _BY_ITSELF
 
 
 def fitted_unasked(format: str) -> bool:

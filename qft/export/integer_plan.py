@@ -290,7 +290,7 @@ def write_integers(
     described = plan.quantization_config()
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
         facts = {"quantized": described, "max_shard_bytes": max_shard_bytes, "fitted": plan.fitted}
-        journal = WriteJournal(folder, identity(source, facts))
+        journal = WriteJournal(folder, identity(source, **facts))
         if plan.calibration is not None and plan.targets:
             plan.use_fitted(fit_layers(source, plan.targets, plan.calibration, folder / _FITTED,
                                        progress))  # fmt: skip

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from qft.data.tasks import ExampleSet
 from qft.export.beside import BesideSubject, locate_beside
 from qft.export.delta_rounding import DeltaRounding
 from qft.export.right_base import BESIDE, BaseChoice
+from qft.export.writers import ExportReport
 from qft.progress import Reporter
+from qft.verification.adapter_file import APART, AdapterFile
 from qft.verification.proof import prove
 from qft.verification.subject import Subject, locate
 from qft.verification.verify import FILE
 
 
 def artefact_of(
-    choice: BaseChoice | None, written: Path, reference: Subject, strategy: str | None
+    choice: BaseChoice | None, written: ExportReport, reference: Subject, strategy: str | None
 ) -> Subject:
     """What an export wrote, located as its users find it."""
+    if written.format.startswith(APART):
+        return AdapterFile.of(reference, written.path)
     if choice is not None and choice.onto == BESIDE:
-        return locate_beside(written, strategy)
-    return locate(written, task=reference.spec.task)
+        return locate_beside(written.path, strategy)
+    return locate(written.path, task=reference.spec.task)
 
 
 def proven(

@@ -182,7 +182,7 @@ def write_model(
     total = sum(tensor_bytes(source.shape(n), source.dtype(n)) for n in source.names())
     require_room(source, out, there=folder_bytes(unfinished(out)))
     with new_folder(out, overwrite=overwrite, go_on=True) as folder:
-        journal = WriteJournal(folder, identity(source, {"max_shard_bytes": max_shard_bytes}))
+        journal = WriteJournal(folder, identity(source, max_shard_bytes=max_shard_bytes))
         fill_folder(
             source, folder, max_shard_bytes=max_shard_bytes, progress=progress, journal=journal
         )
@@ -190,13 +190,13 @@ def write_model(
     return total
 
 
-def identity(source: TensorSource, how: Mapping[str, Any]) -> str:
+def identity(source: TensorSource, **how: Any) -> str:
     """Of everything that decides the bytes of a written model: what it is made from, and how."""
     facts = {
         "made_from": source.made_from(),
         "tensors": [(n, source.shape(n), str(source.dtype(n))) for n in source.names()],
         "config": dict(source.config),
-        **how,
+        "how": how,
         "software": {**versions(), "threads": torch.get_num_threads()},
     }
     text = json.dumps(facts, sort_keys=True, default=str)

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from qft.errors import ModelError
+from qft.errors import AdapterError, ModelError
 from qft.merging.rounded_base import BaseCheckpoint
 from qft.shards import Fingerprint, row_blocks, tensor_bytes
-from qft.strategy import Merge, Rows
+from qft.strategy import Factored, LowRank, Merge, Rows
 
 
 class TensorSource(Protocol):
@@ -162,12 +162,14 @@ class MergedTensors:
         self._added: Mapping[str, Rows] = merge.added() if merge is not None else {}
         once = set(tied or {})  # these are written under one name alone
         self._modules = {n: m for n, m in names.items() if m not in once}
+        self.untied: set[str] = set()  # names that the base has no tensor of their own for
         self._stored = {name: name for name in names}  # a name → where its base tensor lies
         places = {module: name for name, module in names.items()}
         for absent, present in (twins or {}).items():
             if absent not in places:
                 self._modules[absent] = absent
                 self._stored[absent] = places[present]
+                self.untied.add(absent)
         known = {*self._modules.values(), *once}
         self._modules |= {name: name for name in self._added if name not in known}
         self.config: Mapping[str, Any] = dict(config or {})
@@ -254,6 +256,20 @@ class MergedTensors:
         """See :class:`TensorSource`; how the base is rounded decides the bytes as well."""
         words = [(word, 0, 0) for word in (self._settings, self._base.rounded) if word]
         return [*described([*self._base.files(), *self._sources]), *words]
+
+    def factors(self) -> Mapping[str, LowRank]:
+        """The adapter's whole change as low-rank updates, by module name.
+
+        Raises:
+            AdapterError: it is more than that, or there is no adapter.
+        """
+        if not isinstance(self._merge, Factored):
+            raise AdapterError(
+                "There are no low-rank updates to be written apart from the base.",
+                found="no adapter" if self._merge is None else self._settings,
+                fix="export it as one model: --format gguf:q8_0",
+            )
+        return self._merge.factors()
 
     def fingerprint(self) -> str:
         """Of the base as it is, or of the folder a merge would write, once all of it was read."""

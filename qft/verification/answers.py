@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ def comparable(
             fix="name the model that was made from this reference, for the same task",
         )
     labels = rows.get("labels")
+    if not hasattr(outputs[0], "logits") and _PLACES[0] not in rows:  # vectors, one a token
+        kept = rows["attention_mask"].bool().cpu()
+        return first[kept], second[kept], None
     if _PLACES[0] in rows:  # two predictions a row
         return first, second, torch.cat([rows[name] for name in _PLACES])
     if first.dim() == 2 and labels is not None and labels.is_floating_point():
@@ -77,9 +80,13 @@ def predicting(rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _logits(output: Any, rows: Mapping[str, Tensor]) -> Tensor:
-    """What a model answers, on the CPU; a reader of spans: starts above ends, padding left out."""
+    """What a model answers, on the CPU; a reader of spans: starts above ends, padding left out.
+
+    An encoder without a head answers with hidden states, whose dimensions count as choices.
+    """
     if not hasattr(output, "start_logits"):
-        return cast(Tensor, output.logits.cpu())
+        answer: Tensor = output.logits if hasattr(output, "logits") else output.last_hidden_state
+        return answer.cpu()
     hidden = rows["attention_mask"].cpu() == 0
     sides = [side.float().cpu() for side in (output.start_logits, output.end_logits)]
     return torch.cat([side.masked_fill(hidden, _FAR_BELOW) for side in sides])

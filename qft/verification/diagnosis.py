@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 HEAD = "head"
 EMBEDDINGS = "embeddings"
+VECTORS = "last_hidden_state"  # of an encoder that no layer of can be listened to
 
 _FEWER_BITS = {
     "bnb:nf4": "export to bnb:int8 or gguf:q8_0, which round less",
     "bnb:int8": "export to gguf:q8_0 or safetensors:bf16, which round less",
     "gguf:q8_0": "export to gguf:f16, which rounds less",
     "gguf:f16": "export to gguf:bf16 or gguf:f32",
+    "onnx:int8": "export to onnx:fp32, which rounds nothing",
 }
 _FROM_THE_START = (
     "it diverges from the first layer on, as after an adapter that was merged twice, with another "
@@ -22,6 +24,10 @@ _TRAINED_QUANTIZED = (
     "the adapter was trained on a quantized base: merge it into that base (--base dequantized)"
 )
 _BAD_SCALES = "; or its quantized scales lie in another order: export it again with qft export"
+_IN_GGUF = (
+    "; or the file's q and k rows, its rotary settings or the scales of its blocks are not as "
+    "llama.cpp reads them: export it again with qft export"
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Finding:
     """Something beside the figures that is wrong.
 
     Attributes:
-        kind: ``missing``, ``tensors``, ``tokens``, ``template`` or ``stops``.
+        kind: ``missing``, ``tensors``, ``settings``, ``tokens``, ``template`` or ``stops``.
         text: what differs.
         fix: what would work.
     """
@@ -74,10 +80,14 @@ def _by_place(format: str, place: str | None, places: Sequence[str]) -> str:
         )
     if place == EMBEDDINGS:
         return f"the embeddings are other ones: check the vocabulary and the base, and {again}"
+    if place == VECTORS:
+        return _FEWER_BITS.get(format, again)
     if place is not None and place in places[:2]:
-        return _FROM_THE_START + (_BAD_SCALES if format.startswith("bnb:") else "")
+        family = format.partition(":")[0]
+        return _FROM_THE_START + {"bnb": _BAD_SCALES, "gguf": _IN_GGUF}.get(family, "")
     if place is not None:
-        scales = ", and of a quantized layer its scales" if format.startswith("bnb:") else ""
+        rounded = format.startswith(("bnb:", "gguf:q"))
+        scales = ", and of a quantized layer its scales" if rounded else ""
         return f"what lies below {place} is right: look at its tensors{scales}, and {again}"
     return _FEWER_BITS.get(format, f"{again}, and once only; if it persists, choose a format with "
                                    "more bits")  # fmt: skip

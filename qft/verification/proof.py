@@ -18,12 +18,15 @@ from torch import nn
 
 from qft import hardware, models
 from qft.data.tasks import TASKS, ExampleSet, pad_id
-from qft.errors import RecipeError, VerificationError
+from qft.errors import ModelError, RecipeError, VerificationError
 from qft.files import write_json
 from qft.held_out import held_out_examples
+from qft.onnx_files import weight_count
 from qft.progress import QUIET, Bar, Reporter
 from qft.shards import ShardedCheckpoint
 from qft.verification.diagnosis import Finding, advice
+from qft.verification.gguf_numbers import check_settings
+from qft.verification.gguf_tokens import check_inside, check_same_tables
 from qft.verification.layerwise import verify_by_layers
 from qft.verification.stops import (
     check_generation,
@@ -38,11 +41,12 @@ from qft.verification.subject import Subject, locate
 from qft.verification.summary import summary
 from qft.verification.tensors_check import check_tensors
 from qft.verification.thresholds import Thresholds, limits, thresholds_of
-from qft.verification.tokens_check import check_inside, check_template, check_tokens
+from qft.verification.tokens_check import check_template, check_tokens
 from qft.verification.verify import FILE, Rows, Verification
 from qft.verification.verify import verify as compare
 
 _TEXTS = 64  # held-out texts whose tokens are compared
+_LONGEST = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,14 @@ def rows_of(reference: Subject, *, data: str | None = None, limit: int | None = 
         labels=spec.labels,
         labels_are=spec.labels_are,
         data=data,
+        max_length=_longest(reference) if spec.task == "embed" else None,
         limit=limit,
     ).first(limit)  # a text makes several examples
+
+
+def _longest(reference: Subject) -> int:
+    """Tokens of a text that an encoder without a head is compared on."""
+    return min(_LONGEST, models.longest_input(reference.folder, reference.spec) or _LONGEST)
 
 
 def prove(
@@ -153,7 +163,7 @@ def prove(
     tokenizer = reference.tokenizer()
     lost = check_tensors(artefact)
     if any(finding.kind == "missing" for finding in lost):
-        raise _incomplete(format, lost, file, artefact)
+        raise _unusable(format, lost, file, artefact)
     texts = [str(tokenizer.decode(e.inputs["input_ids"])) for e in rows.examples[:_TEXTS]]
     findings, notes = check_words(reference, artefact, tokenizer, texts)
     _require_words(reference, artefact, rows, format, file)
@@ -161,9 +171,17 @@ def prove(
     held = Rows(rows.examples, task, pad_id(tokenizer), rows.labels)
     way = choose_way(reference, artefact, layer_by_layer)
     allowed = limits(format, (reference.held_as(), artefact.held_as()), way.dtype)
+    if task.predicts == "vectors":
+        allowed = replace(allowed, top1=0.0)  # the largest of a vector's dimensions is no choice
     needed = taught_ids(reference, tokenizer) if task.predicts == "tokens" else []
     with reporter.bar("verify", len(rows.examples)) as bar:
-        result, writer = _compared(reference, artefact, held, format, allowed, way, bar)
+        try:
+            result, writer = _compared(reference, artefact, held, format, allowed, way, bar)
+        except ModelError as error:
+            if not findings:
+                raise
+            why = Finding("tensors", f"it cannot be opened: {error.found or error.what}", "")
+            raise _unusable(format, [*findings, why], file, artefact) from error
     findings += check_generation(writer, needed, tokenizer)
     result = replace(
         result,
@@ -177,7 +195,7 @@ def prove(
     write_json(file, written)
     for line in summary(result, texts=len(texts), stops=needed, tokenizer=tokenizer):
         reporter.say(line)
-    result.check(artefact.gguf or artefact.home)
+    result.check(artefact.gguf or artefact.onnx or artefact.home)
     return written
 
 
@@ -241,9 +259,12 @@ def check_words(
         findings += check_template(tokenizer, other, "the artefact's tokenizer",
                                    f"{artefact.home.name}/chat_template.jinja")  # fmt: skip
         findings += _outside(tokenizer, other, reference, artefact)
-    if artefact.gguf is not None:
+    if artefact.gguf is not None and reference.gguf is not None and not _has_tokenizer(reference):
+        findings += check_same_tables(reference, artefact)
+    elif artefact.gguf is not None:
         found, notes = check_inside(tokenizer, artefact, texts)
-        findings += [*found, *check_inside_gguf(reference, artefact, tokenizer)]
+        findings += [*check_settings(reference, artefact), *found]
+        findings += check_inside_gguf(reference, artefact, tokenizer)
     if artefact.gguf is None or _has_settings(artefact):
         findings += check_stops(reference, artefact, tokenizer, vocabulary(artefact))
     return findings, notes
@@ -268,6 +289,10 @@ def vocabulary(subject: Subject) -> int:
         return len(subject.reader.fields["tokenizer.ggml.tokens"].data)
     config = models.open_config(subject.folder, subject.spec)
     return int(config.get_text_config().vocab_size)
+
+
+def _has_tokenizer(subject: Subject) -> bool:
+    return "tokenizer.json" in subject.files()
 
 
 def _has_settings(artefact: Subject) -> bool:
@@ -298,16 +323,18 @@ def _require_words(
     )
 
 
-def _incomplete(
-    format: str, lost: Sequence[Finding], file: Path, artefact: Subject
+def _unusable(
+    format: str, findings: Sequence[Finding], file: Path, artefact: Subject
 ) -> VerificationError:
     """Nothing can be run; the file says so."""
-    write_json(file, {"format": format, "passed": False, "findings": [asdict(f) for f in lost]})
+    stated = [asdict(finding) for finding in findings]
+    write_json(file, {"format": format, "passed": False, "findings": stated})
+    lost = any(finding.kind == "missing" for finding in findings)
     return VerificationError(
-        f"The artefact ({format}) does not hold the whole model.",
+        f"The artefact ({format}) {'does not hold the whole model' if lost else 'cannot be run'}.",
         where=artefact.home,
-        found="; ".join(finding.text for finding in lost),
-        fix=advice(format, False, None, (), lost),
+        found="; ".join(finding.text for finding in findings),
+        fix=advice(format, False, None, (), [finding for finding in findings if finding.fix]),
     )
 
 
@@ -329,5 +356,7 @@ def _values(subject: Subject) -> int:
     """How many numbers a model holds, from headers alone."""
     if subject.gguf is not None:
         return sum(int(tensor.n_elements) for tensor in subject.reader.tensors)
+    if subject.onnx is not None:
+        return weight_count(subject.onnx)
     with ShardedCheckpoint(subject.folder) as checkpoint:
         return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())

@@ -1,6 +1,7 @@
 """Opens an artefact with a reader that is not its writer's, so that no mistake undoes itself.
 
-transformers' own loading for model folders, its GGUF loader for GGUF files.
+transformers' own loading for model folders, its GGUF loader for the tensors of GGUF files,
+onnxruntime for ONNX.
 """
 
 from __future__ import annotations
@@ -14,6 +15,12 @@ from torch import Tensor, nn
 
 from qft import models
 from qft.errors import ModelError, first_line
+from qft.onnx_files import onnx_file
+from qft.verification.gguf_config import OpenedGGUF, config_of
+from qft.verification.gguf_encoder import read_encoder
+from qft.verification.onnx_model import open_onnx
+
+_FIRST_BYTES = 4096  # of a file; its kind is told there
 
 
 def read_back(
@@ -22,8 +29,9 @@ def read_back(
     """Opens an exported model with a reader that is not qft's own writer's, in eval mode.
 
     Args:
-        path: a ``.gguf`` file, a folder that holds one, or a model folder.
-        dtype: of the arithmetic; None is float32 for GGUF and what config.json says otherwise.
+        path: a ``.gguf`` or ``.onnx`` file, a folder that holds one, or a model folder.
+        dtype: of the arithmetic; None is float32 for GGUF and what config.json says otherwise. An
+            ONNX file says it itself.
         task: where the model does not say it.
 
     Raises:
@@ -33,36 +41,68 @@ def read_back(
     file = gguf_file(path)
     if file is not None:
         return _read_gguf(file, dtype or torch.float32)
+    graph = onnx_file(path)
+    if graph is not None:
+        return open_onnx(graph, task)
     config = models.read_config(path)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
     chosen = dtype or getattr(torch, stored, torch.float32)
-    spec = models.ModelSpec(source=str(path), task=task or models.task_of(config), dtype=chosen)
+    spec = models.ModelSpec(source=str(path), task=task or models.task_to_run(config), dtype=chosen)
     return models.open_model(path, spec)
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file a path names or, as a folder without other weights, holds; or None."""
-    if path.suffix == ".gguf" and path.is_file():
-        return path
+    """The GGUF file a path names or, as a folder without other weights, holds; or None.
+
+    Raises:
+        ModelError: there is no such file, or the folder holds several.
+    """
+    if path.suffix == ".gguf" and not path.is_dir():
+        if path.is_file():
+            return path
+        raise ModelError("There is no such GGUF file.", where=path, found=_beside(path))
     files = sorted(path.glob("*.gguf")) if path.is_dir() else []
-    return files[0] if files and not any(path.glob("*.safetensors")) else None
+    if not files or any(path.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise ModelError("The folder holds several GGUF files.", where=path,
+                         found=", ".join(file.name for file in files[:8]),
+                         fix=f"name one of them: {files[0]}")  # fmt: skip
+    return files[0]
+
+
+def _beside(path: Path) -> str:
+    """What lies where a file was looked for."""
+    if not path.parent.is_dir():
+        return "its folder does not exist"
+    return ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) or "an empty folder"
+
+
+def is_adapter_file(file: Path) -> bool:
+    """Whether a GGUF file holds an adapter alone: it says so in its first settings."""
+    with file.open("rb") as stream:
+        return b"adapter.type" in stream.read(_FIRST_BYTES)
 
 
 def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
-    """Through transformers' GGUF loader, settings included: they are part of what is verified.
+    """Through transformers' GGUF loader, an encoder through a reader of its own.
 
-    Where the file says what that loader does not read (a rotary scaling, biases), the settings come
-    from the config.json beside it.
+    Settings are part of what is verified, and that loader leaves many out: they are those that
+    llama.cpp takes from the file.
     """
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {}
-    if _needs_config(file.parent):
-        options["config"] = gguf_config(file)
+    opened = OpenedGGUF(file)
+    model: nn.Module
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, **options
-        )
+        if opened.architecture == "bert":
+            model = read_encoder(opened, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype, config=config_of(opened)
+            )
+    except ModelError:
+        raise
     except Exception as error:  # broken files make that loader raise anything
         raise ModelError(
             "The GGUF file cannot be opened by transformers.",
@@ -71,24 +111,6 @@ def _read_gguf(file: Path, dtype: torch.dtype) -> nn.Module:
             fix="run it with llama.cpp",
         ) from error
     return model.eval().requires_grad_(False)
-
-
-def gguf_config(file: Path) -> Any:
-    """The settings transformers opens a GGUF file with."""
-    from transformers import AutoConfig
-
-    if _needs_config(file.parent):
-        return AutoConfig.from_pretrained(file.parent)
-    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-
-
-def _needs_config(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    values = models.read_config(folder)
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    scaled = rope.get("rope_type", rope.get("type", "default")) != "default"
-    return bool(scaled or values.get("attention_bias") or values.get("mlp_bias"))
 
 
 class SafetensorsFolder:
@@ -129,6 +151,7 @@ class GGUFTensors:
     """A GGUF file's tensors under module names, each dequantized and turned as transformers does.
 
     Args:
+        opened: the file.
         skeleton: the model that transformers makes of the file, on the meta device.
         tied: as above.
 
@@ -136,21 +159,19 @@ class GGUFTensors:
         ModelError: transformers puts several tensors of this architecture into one.
     """
 
-    def __init__(self, file: Path, skeleton: nn.Module, tied: Mapping[str, str]) -> None:
-        import gguf
+    def __init__(self, opened: OpenedGGUF, skeleton: nn.Module, tied: Mapping[str, str]) -> None:
         from transformers import modeling_gguf_pytorch_utils as reader
 
         described: Any = skeleton.config
-        opened = gguf.GGUFReader(file)
-        architecture = str(opened.fields["general.architecture"].contents())
-        kind = reader.TENSOR_PROCESSORS.get(architecture, reader.TensorProcessor)
-        if any("expert" in tensor.name or "_exps" in tensor.name for tensor in opened.tensors):
-            raise ModelError("A mixture's GGUF file cannot be read layer by layer.", where=file)
+        kind = reader.TENSOR_PROCESSORS.get(opened.architecture, reader.TensorProcessor)
+        if any("expert" in name or "_exps" in name for name in opened.tensors):
+            raise ModelError("A mixture's GGUF file cannot be read layer by layer.",
+                             where=opened.file)  # fmt: skip
         self._processor: Any = kind(config=described.to_dict())  # type: ignore[no-untyped-call]
         self._mapping = reader.get_gguf_hf_weights_map(skeleton, self._processor)
         self._stored = {
-            self._mapping[tensor.name]: tensor
-            for tensor in opened.tensors if tensor.name in self._mapping
+            self._mapping[name]: tensor
+            for name, tensor in opened.tensors.items() if name in self._mapping
         }  # fmt: skip
         for absent, present in tied.items():
             if present in self._stored:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qft.data.chat import terminators
 from qft.errors import ModelError, QftError
 from qft.files import read_json, write_json
+from qft.gguf.special_tokens import ENDS_BY_NAME
 from qft.lean.model_parts import device_of, is_encoder_decoder
 from qft.verification.diagnosis import Finding
 from qft.verification.subject import Subject
@@ -41,6 +42,16 @@ def taught_ids(reference: Subject, tokenizer: Any) -> list[int]:
     return sorted(ids)
 
 
+def needed_stops(reference: Subject) -> list[int]:
+    """What training ended answers with; nothing of a model that was taught none by qft."""
+    if reference.adapter is None or reference.spec.task not in _WRITES:
+        return []
+    try:
+        return taught_ids(reference, reference.tokenizer())
+    except ModelError:  # a model without a tokenizer was not taught to end anything
+        return []
+
+
 def complete_stops(reference: Subject, folder: Path) -> list[int]:
     """Adds to a model folder's generation settings what training ended answers with.
 
@@ -50,11 +61,8 @@ def complete_stops(reference: Subject, folder: Path) -> list[int]:
     Returns:
         The tokens that were added.
     """
-    if reference.adapter is None or reference.spec.task not in _WRITES:
-        return []
-    try:
-        needed = taught_ids(reference, reference.tokenizer())
-    except ModelError:  # a model without a tokenizer was not taught to end anything
+    needed = needed_stops(reference)
+    if not needed:
         return []
     settings = generation_config(reference)
     stops = _as_ids(settings.eos_token_id)
@@ -93,25 +101,18 @@ def check_stops(reference: Subject, artefact: Subject, tokenizer: Any, rows: int
 
 
 def check_inside_gguf(reference: Subject, artefact: Subject, tokenizer: Any) -> list[Finding]:
-    """Whether llama.cpp, which knows one end of a text and one of a turn, stops where it must."""
+    """Whether llama.cpp, which has a place for one end of text, turn and message, stops there."""
     fields = artefact.reader.fields
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     stops = {int(fields[key].contents()) for key in keys if key in fields}
-    needed = [token for token in taught_ids(reference, tokenizer)
-              if token in (tokenizer.eos_token_id, *terminators(tokenizer))]  # fmt: skip
     return [
         Finding("stops", f"{_named(tokenizer, token)} does not end a text in the GGUF file",
-                "export again with that token as eos_token of the tokenizer")
-        for token in needed
-        if token not in stops and str(tokenizer.convert_ids_to_tokens(token)) not in _KNOWN_ENDS
+                "export it again with qft, which gives every stop token of generation_config.json "
+                "and of the chat template a place")
+        for token in taught_ids(reference, tokenizer)
+        if token not in stops
+        and str(tokenizer.convert_ids_to_tokens(token)) not in ENDS_BY_NAME
     ]  # fmt: skip
-
-
-# llama.cpp takes tokens of these names for the end of a generation, whatever the file says
-_KNOWN_ENDS = (
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>",
-    "<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>",
-)  # fmt: skip
 
 
 def check_generation(model: nn.Module, ids: Collection[int], tokenizer: Any) -> list[Finding]:

@@ -17,7 +17,9 @@ from qft.layer_weights import LayerWeights, StoredTensors, module_names_of
 from qft.merging.tensors import ModuleTensors, tied_names
 from qft.shards import ShardedCheckpoint
 from qft.strategy import Context
-from qft.verification.read_back import GGUFTensors, SafetensorsFolder, gguf_config
+from qft.verification.adapter_file import AdapterFile
+from qft.verification.gguf_config import OpenedGGUF, config_of
+from qft.verification.read_back import GGUFTensors, SafetensorsFolder
 from qft.verification.subject import Subject
 
 
@@ -34,9 +36,15 @@ def open_weights(subject: Subject, dtype: torch.dtype) -> Iterator[LayerWeights]
         ModelError: it is broken.
     """
     device = hardware.choose().device
+    if isinstance(subject, AdapterFile):
+        raise CannotStreamError("A base with an adapter file beside it is opened whole.",
+                                where=subject.file)  # fmt: skip
     if subject.gguf is not None:
         yield _gguf(subject, dtype, device)
         return
+    if subject.onnx is not None:
+        raise CannotStreamError("An ONNX graph runs whole, not layer by layer.",
+                                where=subject.onnx)  # fmt: skip
     models.check_folder(subject.folder, subject.spec.trust)
     if subject.adapter is None:
         yield _folder(subject, dtype, device)
@@ -77,12 +85,15 @@ def _gguf(subject: Subject, dtype: torch.dtype, device: str) -> LayerWeights:
     from transformers import AutoModelForCausalLM
 
     assert subject.gguf is not None
+    opened = OpenedGGUF(subject.gguf)
+    if opened.architecture == "bert":
+        raise CannotStreamError("An encoder's GGUF file is opened whole.", where=subject.gguf)
     try:
         with torch.device("meta"):
-            skeleton: Any = AutoModelForCausalLM.from_config(gguf_config(subject.gguf), dtype=dtype)
+            skeleton: Any = AutoModelForCausalLM.from_config(config_of(opened), dtype=dtype)
         skeleton.tie_weights()
         pairs = dict(getattr(skeleton, "all_tied_weights_keys", None) or {})
-        tensors = GGUFTensors(subject.gguf, skeleton, pairs)
+        tensors = GGUFTensors(opened, skeleton, pairs)
     except (ValueError, KeyError, NotImplementedError) as error:
         raise CannotStreamError("transformers cannot read this GGUF file layer by layer.",
                                 where=subject.gguf, found=error) from error  # fmt: skip

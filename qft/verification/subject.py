@@ -1,4 +1,4 @@
-"""One side of a verification: a run, an adapter, a checkpoint, a model folder or a GGUF file."""
+"""One side of a verification: a run, an adapter, a checkpoint, a model folder, GGUF or ONNX."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ from torch import nn
 from qft import models
 from qft.adapter_folder import AdapterFolder, adapter_in, locate_adapter, open_adapter_model
 from qft.errors import ModelError, RecipeError
+from qft.export.gguf_format import GGUF_TASK_KEY
+from qft.gguf.checked import check_file
 from qft.merging.side_files import side_files
-from qft.verification.read_back import gguf_file, read_back
+from qft.onnx_files import onnx_file
+from qft.verification.read_back import gguf_file, is_adapter_file, read_back
 from qft.verification.thresholds import stored_format
 
 _DTYPES = {
@@ -35,6 +38,7 @@ class Subject:
         spec: how to open it.
         adapter: where it is one.
         gguf: where it is a GGUF file.
+        onnx: where it is an ONNX file.
     """
 
     source: str
@@ -42,6 +46,7 @@ class Subject:
     spec: models.ModelSpec
     adapter: AdapterFolder | None = None
     gguf: Path | None = None
+    onnx: Path | None = None
 
     @property
     def home(self) -> Path:
@@ -49,19 +54,19 @@ class Subject:
         return self.adapter.folder if self.adapter is not None else self.folder
 
     def open(self, dtype: torch.dtype) -> nn.Module:
-        """The model, read from the disk by transformers, in eval mode.
+        """The model, read from the disk by transformers or onnxruntime, in eval mode.
 
         Raises:
             QftError: it cannot be opened.
         """
         if self.adapter is not None:
             return open_adapter_model(self.adapter, self.adapter.spec(dtype=dtype))
-        return read_back(self.gguf or self.folder, dtype=dtype, task=self.spec.task)
+        return read_back(self.gguf or self.onnx or self.folder, dtype=dtype, task=self.spec.task)
 
     def format(self) -> str:
         """How its weights are stored; of an adapter, how its base's are held."""
         if self.adapter is None:
-            return stored_format(self.folder, self.gguf)
+            return stored_format(self.folder, self.gguf, self.onnx)
         held = self.held_as()
         if held != "none":
             return f"bnb:{held}"
@@ -139,7 +144,8 @@ def locate(
     """Finds out what ``source`` is.
 
     Args:
-        source: folder of a run, checkpoint, adapter, model or GGUF export; a .gguf file; a hub id.
+        source: folder of a run, checkpoint, adapter, model, GGUF or ONNX export; a .gguf or .onnx
+            file; a hub id.
         base: for an adapter, where its base is.
         strategy: a third party's, by name.
         task: where the model does not say it.
@@ -155,9 +161,31 @@ def locate(
                               found=f"{task}; it was trained for {found.task}")  # fmt: skip
         return of_adapter(found, str(source))
     file = gguf_file(path)
-    folder = file.parent if file is not None else models.resolve_folder(str(source), trust)
-    config = models.read_config(folder) if (folder / "config.json").is_file() else {}
-    return of_model(folder, config, task, str(source), gguf=file, trust=trust)
+    if file is not None:
+        check_file(file)
+    if file is not None and is_adapter_file(file):
+        raise ModelError("This is an adapter without its base.", where=file,
+                         fix="llama.cpp runs it: llama-cli -m BASE.gguf --lora FILE; here, name "
+                         "the adapter's own folder")  # fmt: skip
+    graph = onnx_file(path) if file is None else None
+    held = file or graph
+    folder = held.parent if held is not None else models.resolve_folder(str(source), trust)
+    if (folder / "config.json").is_file():
+        config = models.read_config(folder)
+    else:
+        config = _config_inside(file) if file is not None else {}
+    return of_model(folder, config, task, str(source), gguf=file, onnx=graph, trust=trust)
+
+
+def _config_inside(file: Path) -> dict[str, Any]:
+    """What a GGUF file without a config.json says of what its model was trained for."""
+    import gguf
+
+    try:
+        task = gguf.GGUFReader(file).fields.get(GGUF_TASK_KEY)
+        return {models.TASK_KEY: task.contents()} if task is not None else {}
+    except Exception:  # a broken file raises anything; whoever opens it says so
+        return {}
 
 
 def of_adapter(found: AdapterFolder, source: str | None = None) -> Subject:
@@ -172,14 +200,15 @@ def of_model(
     source: str | None = None,
     *,
     gguf: Path | None = None,
+    onnx: Path | None = None,
     trust: models.Trust | None = None,
 ) -> Subject:
-    """A model folder or GGUF file.
+    """A model folder, GGUF or ONNX file.
 
     Raises:
         RecipeError: there is no such task.
     """
-    named = task or models.task_of(config)
+    named = task or models.task_to_run(config)
     if named not in models.AUTO_CLASSES:
         raise RecipeError("No such task.", where="--task", found=named,
                           fix=", ".join(models.AUTO_CLASSES))  # fmt: skip
@@ -188,4 +217,4 @@ def of_model(
         labels, kind = models.labels_in(config)
     spec = models.ModelSpec(source or str(folder), named, labels, kind,
                             trust=trust or models.Trust())  # fmt: skip
-    return Subject(source or str(folder), folder, spec, gguf=gguf)
+    return Subject(source or str(folder), folder, spec, gguf=gguf, onnx=onnx)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qft.data.conversations import CONVERSATIONS
 from qft.verification.tally import allowed_at
-from qft.verification.tokens_check import CONVERSATIONS
 from qft.verification.verify import Verification
 
 
@@ -41,9 +41,10 @@ def _figures(result: Verification) -> list[_Row]:
          _verdict(result.mean_kl <= limit.mean_kl)),
         ("99th percentile of KL", f"{result.p99_kl:.3g} nats", f"allowed {limit.p99_kl:g}",
          _verdict(result.p99_kl <= limit.p99_kl)),
-        ("same first choice", f"{result.top1:.2%}", f"wanted {limit.top1:.1%}",
-         _verdict(result.top1 >= limit.top1)),
     ]  # fmt: skip
+    if limit.top1 > 0:
+        rows.append(("same first choice", f"{result.top1:.2%}", f"wanted {limit.top1:.1%}",
+                     _verdict(result.top1 >= limit.top1)))  # fmt: skip
     ratio = result.perplexity_ratio
     if ratio is not None:
         figure = f"{result.perplexity:.4g}, reference {result.perplexity_reference:.4g}"

@@ -23,12 +23,13 @@ _ROWS = 4096  # of two tensors compared at a time
 def check_tensors(artefact: Subject) -> list[Finding]:
     """What is missing in a model folder, or told to be one tensor and stored as two.
 
-    A GGUF file's loader says itself what it misses, and other packed formats name their tensors in
-    ways of their own: nothing is checked there.
+    A GGUF or ONNX file's loader says itself what it misses, and other packed formats name their
+    tensors in ways of their own: nothing is checked there.
     """
     stored = artefact.config().get("quantization_config")
     known = not stored or models.stored_kind(stored) in _KNOWN
-    if artefact.gguf is not None or artefact.adapter is not None or not known:
+    whole = artefact.gguf or artefact.onnx or artefact.adapter
+    if whole is not None or not known:
         return []
     models.check_folder(artefact.folder, artefact.spec.trust)
     skeleton = models.open_skeleton(artefact.folder, artefact.spec)

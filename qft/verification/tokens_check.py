@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
+from qft.data.conversations import CONVERSATIONS
 from qft.data.template import has_template, render
 from qft.errors import QftError
 from qft.verification.diagnosis import Finding
-from qft.verification.subject import Subject
 
 AWKWARD = (
     "", " ", "  two  spaces ", "\n\n", "\t tab\r\n line", "end ", " begin",
@@ -18,18 +17,6 @@ AWKWARD = (
     "0", "0123456789", "3.14159 and 1,000,000", "007 1e-5 x1y2", "don't WON'T I'll",
     "<s>", "</s>", "<|im_start|>user\nhi<|im_end|>", "<0x41>", "[INST] x [/INST]",
     "def f(x):\n\treturn x**2  # ok", "https://example.org/?q=1&r=%20", "!!!???...",
-)  # fmt: skip
-_USER = {"role": "user", "content": "What is 2 + 2?"}
-_ASSISTANT = {"role": "assistant", "content": "It is 4."}
-CONVERSATIONS: tuple[tuple[str, list[dict[str, str]], bool], ...] = (
-    ("one turn", [_USER, _ASSISTANT], False),
-    ("one question, with the generation prompt", [_USER], True),
-    ("a system message", [{"role": "system", "content": "Be  brief."}, _USER, _ASSISTANT], False),
-    ("a system message, with the generation prompt",
-     [{"role": "system", "content": "Be brief.\n"}, _USER], True),
-    ("three turns", [_USER, _ASSISTANT, {"role": "user", "content": " And 3?"}, _ASSISTANT,
-                     _USER, _ASSISTANT], False),
-    ("two turns, with the generation prompt", [_USER, _ASSISTANT, _USER], True),
 )  # fmt: skip
 _TOKENIZER_FIX = (
     "put the reference's tokenizer files (tokenizer.json, tokenizer_config.json and the others) "
@@ -115,64 +102,3 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], prompt: bool) -> s
         return render(tokenizer, messages, add_generation_prompt=prompt)
     except QftError:
         return None
-
-
-def check_inside(
-    reference: Any, artefact: Subject, texts: Sequence[str]
-) -> tuple[list[Finding], list[str]]:
-    """The tokenizer within a GGUF file: its tables, its template, what transformers makes of it.
-
-    transformers' converter cuts some texts otherwise than llama.cpp (blanks at the borders, names
-    of special tokens within a text), so what only its reading shows is a note.
-
-    Returns:
-        What is wrong, and notes.
-    """
-    assert artefact.gguf is not None
-    findings = [*_check_tables(reference, artefact)]
-    try:
-        inside = artefact.tokenizer_inside()
-    except QftError as error:
-        return findings, [f"{error.what} ({error.found}); only its tables were compared."]
-    every = [*AWKWARD, *texts]
-    differing = differing_texts(reference, inside, every)
-    notes = []
-    if differing and len(differing) > len(every) / 2:
-        findings += check_tokens(reference, inside, texts, "the tokenizer in the GGUF file")[:1]
-    elif differing:
-        notes.append(
-            f"transformers reads the GGUF file's tokenizer otherwise in {len(differing)} of "
-            f"{len(every)} texts, first {differing[0][:40]!r}; its tables are the same."
-        )
-    if isinstance(getattr(reference, "chat_template", None), str):
-        findings += check_template(reference, inside, "the GGUF file",
-                                   "the GGUF file (qft export writes it)")  # fmt: skip
-    return findings, notes
-
-
-def _check_tables(reference: Any, artefact: Subject) -> list[Finding]:
-    fields = artefact.reader.fields
-    fix = "export the GGUF file again from the reference's tokenizer"
-    found = []
-    tokens = fields["tokenizer.ggml.tokens"].contents() if "tokenizer.ggml.tokens" in fields else []
-    by_id = {number: token for token, number in reference.get_vocab().items()}
-    wrong = [n for n, token in sorted(by_id.items()) if n >= len(tokens) or tokens[n] != token]
-    if wrong:
-        there = tokens[wrong[0]] if wrong[0] < len(tokens) else None
-        found.append(f"the GGUF file names {len(wrong)} tokens otherwise, first id {wrong[0]}: "
-                     f"{there!r}, reference {by_id[wrong[0]]!r}")  # fmt: skip
-    backend = getattr(reference, "backend_tokenizer", None)
-    if backend is not None and "tokenizer.ggml.merges" in fields:
-        wanted = json.loads(backend.to_str())["model"].get("merges", [])
-        wanted = [pair if isinstance(pair, str) else " ".join(pair) for pair in wanted]
-        if wanted != fields["tokenizer.ggml.merges"].contents():
-            found.append("the GGUF file merges tokens in another order")
-    for kind, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        field = fields.get(f"tokenizer.ggml.{key}_token_id")
-        number, wished = (
-            (None if field is None else int(field.contents())),
-            getattr(reference, f"{kind}_token_id"),
-        )
-        if wished is not None and number != wished:
-            found.append(f"the GGUF file says {kind} token {number}, reference {wished}")
-    return [Finding("tokens", text, fix) for text in found]

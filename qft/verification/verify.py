@@ -21,7 +21,7 @@ from qft.files import write_json
 from qft.judging.judge import Judge
 from qft.lean.model_parts import device_of
 from qft.verification.answers import comparable, inputs_of, judge_output
-from qft.verification.diagnosis import HEAD, Finding, advice
+from qft.verification.diagnosis import HEAD, VECTORS, Finding, advice
 from qft.verification.listening import LayerListener
 from qft.verification.tally import LayerTally, LogitTally, first_diverging
 from qft.verification.thresholds import Thresholds, thresholds_of
@@ -161,8 +161,16 @@ class Comparison:
         self.places: list[str] = []  # names of where hidden states are compared
         self._rows = rows
         self._judges: tuple[Judge, ...] = ()
-        if rows is not None and rows.task.predicts != "tokens":
+        if rows is not None and rows.task.predicts not in ("tokens", "vectors"):
             self._judges = tuple(judge_of(rows.task, rows.labels) for _ in range(2))
+
+    def compare_vectors(self, outputs: Sequence[Any], text: Tensor) -> None:
+        """Takes in what encoders without a head answer, where no layer can be listened to."""
+        bare = not hasattr(outputs[0], "logits") and hasattr(outputs[0], VECTORS)
+        if bare and self.places in ([], [VECTORS]):
+            self.places = [VECTORS]
+            first, second = (getattr(output, VECTORS) for output in outputs)
+            self.layers.add(0, first, second, text)
 
     def judge(
         self, outputs: Sequence[Any], batch: Mapping[str, Tensor], examples: Sequence[Example]
@@ -261,6 +269,7 @@ def verify(
                     for model in models
                 ]
             comparison.logits.add(*comparable(reference, rows, outputs))
+            comparison.compare_vectors(outputs, listener.text)
             comparison.judge(outputs, rows, examples)
             if progress is not None:
                 progress(len(rows["input_ids"]))
