@@ -34,12 +34,14 @@ class Case:
         writes: whether it holds decoders, which write.
         reads: whether it holds encoders with a head, which answer.
         alike: opened by the very code of another format; the long checks are for `make test-slow`.
+        library: without which it is not opened, and not tried.
     """
 
     loss: float
     writes: bool = True
     reads: bool = True
     alike: bool = False
+    library: str | None = None
 
 
 CASES = {
@@ -69,11 +71,12 @@ CASES = {
     "safetensors:bf16": Case(5e-3),
     "safetensors:fp16": Case(1e-3),
     "safetensors:fp32": Case(1e-4),
-    "compressed-tensors:w4a16": Case(0.2),
-    "compressed-tensors:w8a16": Case(2e-2, alike=True),
-    "compressed-tensors:w8a8": Case(2e-2),
-    "onnx:fp32": Case(1e-4, writes=False),
-    "onnx:int8": Case(5e-2, writes=False),
+    "compressed-tensors:w4a16": Case(0.2, library="compressed_tensors"),
+    "compressed-tensors:w8a16": Case(2e-2, alike=True, library="compressed_tensors"),
+    "compressed-tensors:w8a8": Case(2e-2, library="compressed_tensors"),
+    "torchao:int8": Case(2e-2, library="torchao"),
+    "onnx:fp32": Case(1e-4, writes=False, library="onnxruntime"),
+    "onnx:int8": Case(5e-2, writes=False, library="onnxruntime"),
 }
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|turn|>\n{% endfor %}"
@@ -89,6 +92,12 @@ def formats(kind: str, *, long: bool = False) -> list[Any]:
         pytest.param(name, marks=[pytest.mark.slow] if long and case.alike else [])
         for name, case in CASES.items() if getattr(case, kind)
     ]  # fmt: skip
+
+
+def require_library(format: str) -> None:
+    """Skips where it is not installed."""
+    if CASES[format].library is not None:
+        pytest.importorskip(str(CASES[format].library))
 
 
 def test_every_format_has_a_case() -> None:
@@ -180,6 +189,7 @@ def exported(room: Path, run: Path) -> Callable[[str], Path]:
     """The run in a format, exported once."""
 
     def export(format: str) -> Path:
+        require_library(format)
         out = room / format.replace(":", "-")
         if not out.exists():
             qft.export(run, out, format=format, verify=False)
@@ -240,6 +250,7 @@ def labelled(room: Path) -> Path:
 def test_an_encoder_is_judged_and_writes_nothing(
     command: Run, encoder: Path, labelled: Path, tmp_path: Path, format: str
 ) -> None:
+    require_library(format)
     expected = qft.evaluate(str(encoder), data=str(labelled), dtype="float32")["loss"]
     out = tmp_path / "out"
     qft.export(encoder, out, format=format, verify=False)
