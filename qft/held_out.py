@@ -36,6 +36,7 @@ def held_out_examples(
     data: str | None = None,
     columns: dict[str, str | int] | None = None,
     max_length: int | None = None,
+    longest: int | None = None,
     limit: int | None = None,
     too_long: str | None = None,
 ) -> ExampleSet:
@@ -45,6 +46,7 @@ def held_out_examples(
         source: what the user named; a run knows its own rows and settings.
         data: rows instead of the run's own.
         columns: ``{role: name}`` overrides.
+        longest: the most tokens the model has positions for; None where it sets no limit.
         limit: at most so many rows.
 
     Raises:
@@ -71,6 +73,7 @@ def held_out_examples(
         )
     settings = known or Data(train=data, **changes)
     length = max_length or (recipe.train.max_length if recipe is not None else 512)
+    length = min(length, longest or length)
     return load_examples(
         task,
         data,

@@ -277,8 +277,12 @@ def labels_in(config: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, str]:
 
 
 def longest_input(folder: Path, spec: ModelSpec) -> int | None:
-    """The most tokens the model has positions for; None where it sets no limit."""
-    config = open_config(folder, spec)
+    """The most tokens a model folder has positions for; None where it sets no limit."""
+    return longest_of(open_config(folder, spec))
+
+
+def longest_of(config: Any) -> int | None:
+    """The most tokens a transformers config has positions for; None where it sets no limit."""
     if hasattr(config, "encoder") and hasattr(config, "decoder"):  # two models in one
         config = min(config.encoder, config.decoder, key=lambda c: c.max_position_embeddings)
     limit = getattr(config, "max_position_embeddings", None)

@@ -65,6 +65,7 @@ def evaluate(
         data=data,
         columns=columns,
         max_length=max_length,
+        longest=models.longest_of(opened.model.config),
         limit=limit,
         too_long=too_long,
     )

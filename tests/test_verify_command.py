@@ -510,6 +510,20 @@ def test_without_rows_or_thresholds_it_says_what_to_add(mini: Path, good: Path, 
         qft.verify(mini, good, data=data, format="gguf:q1_0")
 
 
+def test_a_text_is_cut_at_the_positions_the_model_has(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=2, n_positions=40,
+                        bos_token_id=1, eos_token_id=2)  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "short")
+    make_tokenizer(tmp_path / "short")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "many words " * 60}) + "\n", encoding="utf-8")
+    report = qft.verify(tmp_path / "short", tmp_path / "short", data=str(rows), task="text")
+    assert report["passed"]
+    assert report["rows"] * 38 < report["positions"] + 38 <= report["rows"] * 40
+
+
 def test_the_page_shows_the_thresholds_of_the_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "verification.md").read_text(encoding="utf-8")
     for format, limit in THRESHOLDS.items():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qft import hardware, models
+from qft import hardware
 from qft.data.tasks import TASKS, ExampleSet, pad_id
 from qft.errors import ModelError, RecipeError, VerificationError
 from qft.files import write_json
@@ -42,7 +42,6 @@ from qft.verification.verify import verify as compare
 from qft.verification.words_check import check_words, has_settings, vocabulary
 
 _TEXTS = 64  # held-out texts whose tokens are compared
-_LONGEST = 512  # tokens
 
 
 @dataclass(frozen=True)
@@ -122,14 +121,9 @@ def rows_of(reference: Subject, *, data: str | None = None, limit: int | None = 
         labels=spec.labels,
         labels_are=spec.labels_are,
         data=data,
-        max_length=_longest(reference) if spec.task == "embed" else None,
+        longest=reference.longest(),
         limit=limit,
     ).first(limit)  # a text makes several examples
-
-
-def _longest(reference: Subject) -> int:
-    """Tokens of a text that an encoder without a head is compared on."""
-    return min(_LONGEST, models.longest_input(reference.folder, reference.spec) or _LONGEST)
 
 
 def prove(

@@ -88,6 +88,12 @@ class Subject:
             return models.read_config(self.folder)
         return {}
 
+    def longest(self) -> int | None:
+        """The most tokens it has positions for; None where it sets no limit, or does not say."""
+        if (self.folder / "config.json").is_file():
+            return models.longest_input(self.folder, self.spec)
+        return None
+
     def files(self) -> dict[str, Path]:
         """Tokenizer and generation files, an adapter's own ones before its base's."""
         return side_files(self.folder, self.adapter.folder if self.adapter is not None else None)
