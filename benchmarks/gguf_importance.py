@@ -82,12 +82,12 @@ class _Bench:
             known[seed] = importance_of(self.source(), calibration)
         rows = []
         for mix in mixes:
-            for seed, importance in known.items():
+            for drawn, importance in known.items():
                 for writer in ("qft", "llama.cpp"):
                     begun = time.process_time()
                     file = self._write(writer, mix, importance)
                     seconds = time.process_time() - begun
-                    row = {"mix": mix, "writer": writer, "seed": seed, "kl": self._kl(file),
+                    row = {"mix": mix, "writer": writer, "seed": drawn, "kl": self._kl(file),
                            "bytes": file.stat().st_size, "cpu_seconds": seconds}  # fmt: skip
                     rows.append(row)
                     print(json.dumps(row), flush=True)
@@ -106,7 +106,7 @@ class _Bench:
         plan = GGUFPlan(self.source(), "f32")
         mapped = plan.architecture.tensors(plan.source)
         return {t.name: importance.columns[t.source] for t in mapped
-                if t.source in importance.columns}  # fmt: skip
+                if t.source is not None and t.source in importance.columns}  # fmt: skip
 
     def _new(self, name: str) -> Path:
         return Path(tempfile.mkdtemp(prefix=name, dir=self.folder))
