@@ -18,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from qft import models
 from qft.export.formats import write_format
 from qft.gguf.mixes import MIXES
 from qft.gguf.rounding import encode
+from qft.gguf.types import TYPES
 from qft.hardware import environment
 from qft.merging.merge import open_source
 
@@ -182,44 +183,49 @@ def types(file: Path) -> dict[str, str]:
 
 def speeds() -> Iterator[dict[str, Any]]:
     """Millions of numbers a CPU-second, by type, of both quantizers on one thread."""
-    import llama_cpp
-
-    from qft.gguf.types import TYPES
-
-    torch.set_num_threads(1)
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    theirs = library.ggml_quantize_chunk
-    theirs.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3,
-                       ctypes.c_void_p]  # fmt: skip
     torch.manual_seed(0)
-    rows, weights = torch.randn(1024, 2048), torch.rand(2048) + 0.1
+    rows, weights = torch.randn(512, 2048), torch.rand(2048) + 0.1
     for kind, stored in TYPES.items():
         if stored.block == 1:
             continue
-        out = torch.empty(len(rows), stored.row_bytes(rows.shape[1]), dtype=torch.uint8)
         row: dict[str, Any] = {"type": kind}
         for name, importance in (("", None), ("_importance", weights)):
-            at = None if importance is None else importance.data_ptr()
-            sides = {
-                "qft": lambda kind=kind, given=importance: encode(rows, kind, given),
-                "llama_cpp": lambda number=stored.number, at=at, out=out: theirs(
-                    number, rows.data_ptr(), out.data_ptr(), 0, *rows.shape, at),
-            }  # fmt: skip
-            for side, make in sides.items():
-                taken = []
-                for _ in range(5):
-                    began = time.process_time()
-                    make()
-                    taken.append(time.process_time() - began)
-                row[side + name] = rows.numel() / 1e6 / statistics.median(taken)
+            row[f"qft{name}"] = speed(encode, rows, kind, importance)
+            row[f"llama_cpp{name}"] = speed(encode_by_ggml, rows, kind, importance)
         yield row
+
+
+def speed(make: Callable[[Tensor, str, Tensor | None], object], rows: Tensor, kind: str,
+          importance: Tensor | None) -> float:  # fmt: skip
+    """Millions of numbers a CPU-second, the median of five times."""
+    taken = []
+    for _ in range(5):
+        began = time.process_time()
+        make(rows, kind, importance)
+        taken.append(time.process_time() - began)
+    return rows.numel() / 1e6 / statistics.median(taken)
+
+
+def encode_by_ggml(rows: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
+    """Rows as the bytes of a type, rounded by ggml itself."""
+    import llama_cpp
+
+    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]  # fmt: skip
+    out = torch.empty(len(rows), TYPES[kind].row_bytes(rows.shape[1]), dtype=torch.uint8)
+    weights = None if importance is None else importance.data_ptr()
+    library.ggml_quantize_chunk(TYPES[kind].number, rows.data_ptr(), out.data_ptr(), 0,
+                                *rows.shape, weights)  # fmt: skip
+    return out
 
 
 def table(found: dict[str, Any]) -> str:
     """Both tables of docs/export.md."""
     lines = [
-        "| mix | file, kB | bits a weight | KL, mean | llama.cpp's | KL, 99th percentile | llama.cpp's "
-        "| same first choice | llama.cpp's | squared error, qft / llama.cpp: median | worst |",
+        "| mix | file, kB | bits a weight | KL, mean | llama.cpp's | KL, 99th percentile "
+        "| llama.cpp's | same first choice | llama.cpp's "
+        "| squared error, qft / llama.cpp: median | worst |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(found["mixes"], key=lambda row: SHOWN.index(row["mix"])):

@@ -25,6 +25,7 @@ from qft.files import file_hash
 from qft.lean.model_parts import head_names
 from qft.model_dropout import set_dropout
 from qft.pooling import install_pooling, resolve_pooling
+from qft.quiet_libraries import quiet_bars
 from qft.shards import ShardedCheckpoint
 
 AUTO_CLASSES = {
@@ -410,23 +411,24 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
         _keep_new_heads(folder, spec, stored)
     model: nn.Module
     try:
-        model, report = _auto_class(spec.task).from_pretrained(
-            folder,
-            output_loading_info=True,
-            config=config,
-            dtype=dtype,
-            quantization_config=settings,
-            device_map={"": chosen.device} if settings or stored else None,
-            trust_remote_code=spec.trust.remote_code,
-            use_safetensors=None if spec.trust.pickle else True,
-        )
+        with quiet_bars():
+            model, report = _auto_class(spec.task).from_pretrained(
+                folder,
+                output_loading_info=True,
+                config=config,
+                dtype=dtype,
+                quantization_config=settings,
+                device_map={"": chosen.device} if settings or stored else None,
+                trust_remote_code=spec.trust.remote_code,
+                use_safetensors=None if spec.trust.pickle else True,
+            )
+            if compressed:
+                quantization.decompress_(model)
     except ValueError as error:
         if "Unrecognized configuration class" in str(error):
             raise _no_such_class(folder, spec, error) from error
         raise
     _require_loaded(model, report["missing_keys"], folder)
-    if compressed:
-        quantization.decompress_(model)
     if not (settings or stored):
         model.to(chosen.device)
     quantization.guard_cpu_kernels(model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 
 _SETTINGS = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -22,3 +25,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Keeps bars off the terminal that do not heed TQDM_DISABLE, where that is set."""
+    if os.environ.get("TQDM_DISABLE") != "1":
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -25,6 +25,7 @@ from qft.merging.tensors import MergedTensors
 from qft.pooling import CONFIG_KEY
 from qft.verification.gguf_config import OpenedGGUF
 from qft.verification.read_back import GGUFTensors, read_back
+from qft.verification.subject import locate
 
 torch.set_num_threads(1)
 
@@ -420,6 +421,10 @@ def test_a_classifier_through_the_commands(tmp_path, write_rows):
     lost = qft.evaluate(str(base), data=data)
     found = qft.evaluate(str(tmp_path / "out"), data=data)
     assert found["accuracy"] == lost["accuracy"]
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(Path(report["path"]).read_bytes())
+    spec = locate(alone).spec  # nothing lies beside it
+    assert (spec.task, spec.labels) == ("classify", ("bad", "good", "so-so"))
 
 
 def test_an_encoder_through_the_commands(tmp_path, write_rows):
@@ -431,6 +436,9 @@ def test_an_encoder_through_the_commands(tmp_path, write_rows):
     assert report["verification"]["passed"]
     assert "pooling: cls" in report["notes"][0]
     assert OpenedGGUF(Path(report["path"])).own("pooling_type") == 2
+    alone = tmp_path / "alone.gguf"
+    alone.write_bytes(Path(report["path"]).read_bytes())
+    assert locate(alone).spec.task == "embed"
     other = make_family("Bert", tmp_path / "other", hidden_act="gelu_new", type_vocab_size=3)
     with pytest.raises(VerificationError):
         qft.verify(other, report["path"], data=data)

@@ -28,10 +28,10 @@ from qft.gguf.checked import check_file
 from qft.merging.merge import open_source
 from qft.strategy import Context
 from qft.verification import gguf_tokens
-from qft.verification.proof import check_words
 from qft.verification.read_back import read_back
 from qft.verification.subject import locate
 from qft.verification.thresholds import THRESHOLDS
+from qft.verification.words_check import check_words
 
 torch.set_num_threads(1)
 Fields = dict[str, list[Any]]  # key → value, type, type of a list's entries

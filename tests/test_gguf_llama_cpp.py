@@ -15,7 +15,7 @@ from test_export import make_model, source_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gguf_types import Runner, quantize, types
+from benchmarks.gguf_types import Runner, encode_by_ggml, quantize, types
 from qft import models
 from qft.export.formats import write_format
 from qft.export.gguf_format import GGUFPlan
@@ -46,18 +46,6 @@ def mini(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, P
     return source, write_format(source, "gguf:f32", out).path
 
 
-def theirs(rows: Tensor, kind: str, importance: Tensor | None) -> Tensor:
-    """ggml's own rounding."""
-    library = ctypes.CDLL(str(Path(llama_cpp.__file__).parent / "lib" / "libggml-base.so"))
-    out = torch.empty(len(rows), TYPES[kind].row_bytes(rows.shape[1]), dtype=torch.uint8)
-    library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]  # fmt: skip
-    library.ggml_quantize_chunk(
-        TYPES[kind].number, rows.data_ptr(), out.data_ptr(), 0, *rows.shape,
-        None if importance is None else importance.data_ptr())  # fmt: skip
-    return out
-
-
 def lost(encoded: Tensor, kind: str, rows: Tensor, importance: Tensor | None) -> float:
     """The mean squared error, weighted by the importance."""
     number = gguf.GGMLQuantizationType(TYPES[kind].number)
@@ -73,11 +61,11 @@ def test_no_tensor_of_mini_6m_loses_more_than_by_llama_cpp(mini: Any, kind: str)
     for tensor in gguf.GGUFReader(mini[1]).tensors:
         if len(tensor.shape) < 2:
             continue
-        rows = torch.from_numpy(tensor.data.copy())
+        rows = torch.from_numpy(tensor.data[:256].copy())
         skewed = torch.randn(rows.shape[1]).mul(1.5).exp()
         for importance in (None, skewed, torch.where(torch.rand(rows.shape[1]) < 0.3, 0, skewed)):
             ours = lost(encode(rows, kind, importance), kind, rows, importance)
-            other = lost(theirs(rows, kind, importance), kind, rows, importance)
+            other = lost(encode_by_ggml(rows, kind, importance), kind, rows, importance)
             assert ours <= other, (tensor.name, importance is not None, ours / other)
             checked += 1
     assert checked == 3 * 43
@@ -101,7 +89,9 @@ def test_random_and_degenerate_rows_lose_no_more_than_by_llama_cpp(kind: str) ->
     for name, rows in cases.items():
         for importance in importances:
             ours = lost(encode(rows, kind, importance), kind, rows, importance)
-            assert ours <= lost(theirs(rows, kind, importance), kind, rows, importance), name
+            assert ours <= lost(encode_by_ggml(rows, kind, importance), kind, rows, importance), (
+                name
+            )
     constant = torch.randn(96, 1).expand(96, 512).contiguous()  # whoever's scale rounds luckier
     relative = lost(encode(constant, kind), kind, constant, None) / float((constant**2).mean())
     assert relative < 2.0**-22
@@ -134,8 +124,10 @@ def test_every_tensor_of_every_mix_has_the_type_llama_cpp_gives_it(
             assert ours == found, (folder.name, mix)
 
 
-PROMPTS = ("Once upon a time", "A dog runs", "Translate to German: A man sleeps.", "The king said",
-           "def add(a, b):", "How many apples are left?", "I think this film is", "1 + 1 =")  # fmt: skip
+PROMPTS = (
+    "Once upon a time", "A dog runs", "Translate to German: A man sleeps.", "The king said",
+    "def add(a, b):", "How many apples are left?", "I think this film is", "1 + 1 =",
+)  # fmt: skip
 
 
 def greedy_of(runner: Runner, ids: list[int], count: int) -> list[int]:
@@ -177,5 +169,6 @@ def test_every_mix_runs_in_llama_cpp_as_it_is_read_by_gguf(
         expected = read(torch.tensor([ids])).logits[0].log_softmax(-1)
     found = runner.log_probabilities(ids)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
-    exact = {"f32": 1e-6, "f16": 1e-5, "bf16": 2e-3}  # the others' activations are rounded too
+    # llama.cpp keeps keys and values in float16, and rounds what meets quantized weights.
+    exact = {"f32": 2e-5, "f16": 2e-5, "bf16": 2e-3}
     assert kl < exact.get(mix, 5e-3)

@@ -270,7 +270,7 @@ def many_writes(monkeypatch):
         return plain(shape, numbers)
 
     monkeypatch.setattr("qft.merging.tensors.row_blocks", small)
-    monkeypatch.setattr("qft.gguf.architectures.row_blocks", small)
+    monkeypatch.setattr("qft.gguf.turned.row_blocks", small)
     monkeypatch.setattr(write_journal, "_EVERY_BYTES", 1)
 
 

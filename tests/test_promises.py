@@ -76,7 +76,7 @@ _PLACES = """
     verification.subject verification.adapter_file
     verification.tensors_check verification.tokens_check
     verification.llama_tokens verification.cut_check verification.gguf_numbers
-    verification.gguf_tokens verification.stops
+    verification.gguf_tokens verification.stops verification.words_check
     verification.answers verification.listening verification.verify verification.layerwise
     verification.streams verification.summary gguf_model opening written scoring verification.proof
     export.format_table export.right_base export.calibration export.beside export.place

@@ -74,7 +74,7 @@ class Blocks:
         self.values.mul_(within / self.unit)
         self.low, self.high = low, high
         self.weights = None if weights is None else weights.t().contiguous().view_as(self.values)
-        self._weighted = self.values if weights is None else self.values * self.weights
+        self._weighted: Tensor = self.values if self.weights is None else self.values * self.weights
         self._codes, self._scratch = torch.empty_like(self.values), torch.empty_like(self.values)
 
     def total_weight(self) -> Tensor:

@@ -24,12 +24,23 @@ _WIDE_STEPS, _NARROW_STEPS = tuple(range(-8, 9, 2)), (0, 1, -1)
 
 
 class Scaled(NamedTuple):
-    """What a super-block is stored as; float32 tensors that hold whole numbers, but for scales.
+    """What a super-block is stored as; float32 tensors that hold whole numbers, but for ``d``.
 
     Attributes:
         scale: ``[1, 1, blocks]``, ``d``, in the blocks' unit, as float16 holds it.
         scales: ``[groups, 1, blocks]``, ``s``.
         codes: ``[groups, numbers, blocks]``, ``q``.
+    """
+
+    scale: Tensor
+    scales: Tensor
+    codes: Tensor
+
+
+class Lowered(NamedTuple):
+    """The same with offsets that are subtracted.
+
+    Attributes:
         offset: ``e``, as :attr:`scale`.
         offsets: ``m``, as :attr:`scales`.
     """
@@ -37,8 +48,8 @@ class Scaled(NamedTuple):
     scale: Tensor
     scales: Tensor
     codes: Tensor
-    offset: Tensor | None = None
-    offsets: Tensor | None = None
+    offset: Tensor
+    offsets: Tensor
 
 
 def scaled(blocks: Blocks, smallest: int) -> Scaled:
@@ -78,7 +89,7 @@ def _refitted(blocks: Blocks, whole: Tensor, scales: Tensor) -> Tensor:
     return torch.where(new < old, found, whole)
 
 
-def scaled_with_offsets(blocks: Blocks, largest: int) -> Scaled:
+def scaled_with_offsets(blocks: Blocks, largest: int) -> Lowered:
     """Stores groups by a scale and an offset that is subtracted.
 
     Args:
@@ -97,7 +108,7 @@ def scaled_with_offsets(blocks: Blocks, largest: int) -> Scaled:
     assert best is not None
     _, scales, offsets = best
     whole, depth = _refitted_pair(blocks, whole, depth, scales, offsets)
-    return Scaled(whole, scales, blocks.codes(whole * scales, -depth * offsets), depth, offsets)
+    return Lowered(whole, scales, blocks.codes(whole * scales, -depth * offsets), depth, offsets)
 
 
 def _refitted_pair(

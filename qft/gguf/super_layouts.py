@@ -17,7 +17,6 @@ def encode_q2_k(values: Tensor, weights: Tensor | None) -> Tensor:
     """4-bit scales and offsets of 16 groups, 2-bit codes, two float16 scales."""
     blocks = Blocks(values, weights, 16, 0, 3, turn=True)
     found = scaled_with_offsets(blocks, 15)
-    assert found.offset is not None and found.offsets is not None
     scales, offsets = _bytes(found.scales), _bytes(found.offsets)
     codes = _quarters(_bytes(found.codes))
     halves = [blocks.half_bytes(found.scale), blocks.half_bytes(found.offset)]
@@ -65,7 +64,6 @@ def _with_eight_groups(
     """Q4_K's and Q5_K's first 16 bytes, and the codes ``[256, blocks]``."""
     blocks = Blocks(values, weights, 8, 0, highest, turn=True)
     found = scaled_with_offsets(blocks, 63)
-    assert found.offset is not None and found.offsets is not None
     scales, offsets = _bytes(found.scales), _bytes(found.offsets)
     head = [
         blocks.half_bytes(found.scale),

@@ -44,17 +44,22 @@ class OpenedGGUF:
         self.tensors: dict[str, Any] = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self.general("architecture", ""))
 
+    def key(self, name: str, default: Any = None) -> Any:
+        """Any key's value."""
+        field = self._reader.fields.get(name)
+        return default if field is None else field.contents()
+
     def general(self, key: str, default: Any = None) -> Any:
         """A key that begins with ``general.``."""
-        return self._value(f"general.{key}", default)
+        return self.key(f"general.{key}", default)
 
     def tokenizer(self, key: str, default: Any = None) -> Any:
         """A key that begins with ``tokenizer.ggml.``."""
-        return self._value(f"tokenizer.ggml.{key}", default)
+        return self.key(f"tokenizer.ggml.{key}", default)
 
     def own(self, key: str, default: Any = None) -> Any:
         """A key of its architecture."""
-        return self._value(f"{self.architecture}.{key}", default)
+        return self.key(f"{self.architecture}.{key}", default)
 
     def need(self, key: str) -> Any:
         """A key of its architecture that llama.cpp cannot do without."""
@@ -81,10 +86,6 @@ class OpenedGGUF:
             raise ModelError("llama.cpp cannot open this file: its embedding is not its tokens'.",
                              where=self.file, found=f"{rows} rows, {tokens} tokens")  # fmt: skip
         return rows
-
-    def _value(self, key: str, default: Any) -> Any:
-        field = self._reader.fields.get(key)
-        return default if field is None else field.contents()
 
 
 def config_of(opened: OpenedGGUF) -> Any:
@@ -232,10 +233,22 @@ def _bert(opened: OpenedGGUF) -> dict[str, Any]:
     if not opened.tokenizer("token_type_count", 0):
         raise ModelError("llama.cpp cannot open this file: a key is missing.", where=opened.file,
                          found="no tokenizer.ggml.token_type_count")  # fmt: skip
-    labels = opened.own("classifier.output_labels", ["LABEL_0"])
     if pooling_of(opened) == "rank":
-        values["id2label"] = dict(enumerate(labels))
+        values["id2label"] = dict(enumerate(_labels(opened)))
     return values
+
+
+def _labels(opened: OpenedGGUF) -> list[str]:
+    return list(opened.own("classifier.output_labels", ["LABEL_0"]))
+
+
+def encoder_facts(opened: OpenedGGUF) -> dict[str, Any]:
+    """What a config.json would say of what an encoder's file is for."""
+    if pooling_of(opened) != "rank":
+        return {"model_type": "bert", "architectures": ["BertModel"]}
+    names = {str(number): name for number, name in enumerate(_labels(opened))}
+    return {"model_type": "bert", "architectures": ["BertForSequenceClassification"],
+            "id2label": names}  # fmt: skip
 
 
 def pooling_of(opened: OpenedGGUF) -> str:

@@ -18,6 +18,7 @@ from qft.export.gguf_format import GGUF_TASK_KEY
 from qft.gguf.checked import check_file
 from qft.merging.side_files import side_files
 from qft.onnx_files import onnx_file
+from qft.verification.gguf_config import OpenedGGUF, encoder_facts
 from qft.verification.read_back import gguf_file, is_adapter_file, read_back
 from qft.verification.thresholds import stored_format
 
@@ -178,14 +179,14 @@ def locate(
 
 
 def _config_inside(file: Path) -> dict[str, Any]:
-    """What a GGUF file without a config.json says of what its model was trained for."""
-    import gguf
-
+    """What a GGUF file without a config.json says of what its model does."""
     try:
-        task = gguf.GGUFReader(file).fields.get(GGUF_TASK_KEY)
-        return {models.TASK_KEY: task.contents()} if task is not None else {}
-    except Exception:  # a broken file raises anything; whoever opens it says so
+        opened = OpenedGGUF(file)
+    except ModelError:  # whoever opens it says so
         return {}
+    task = opened.key(GGUF_TASK_KEY)
+    described: dict[str, Any] = {models.TASK_KEY: task} if task is not None else {}
+    return described | (encoder_facts(opened) if opened.architecture == "bert" else {})
 
 
 def of_adapter(found: AdapterFolder, source: str | None = None) -> Subject:
