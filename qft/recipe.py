@@ -40,7 +40,7 @@ class Settings(BaseModel):
 class Columns(Settings):
     """Which columns hold what, where the usual names do not fit (a number: no header line)."""
 
-    text: ColumnName | None = Field(None, description="the text (text, classify)")
+    text: ColumnName | None = Field(None, description="the text (text, classify, embed)")
     text_pair: ColumnName | None = Field(None, description="a second text (classify)")
     label: ColumnName | None = Field(None, description="the class or classes (classify)")
     prompt: ColumnName | None = Field(None, description="the instruction (instruct)")

@@ -138,7 +138,7 @@ def test_a_full_or_locked_disk_is_one_clear_error(tmp_path, raised, says):
     assert names(tmp_path) == ["run"]
 
 
-@pytest.mark.parametrize("raised", [OSError(errno.EIO, "I/O error"), SafetensorError("bad header")])
+@pytest.mark.parametrize("raised", [OSError(errno.EBADF, "Bad"), SafetensorError("bad header")])
 def test_other_errors_stay_what_they_are(tmp_path, raised):
     with pytest.raises(type(raised)) as caught, files.new_folder(tmp_path / "run"):
         raise raised
@@ -224,7 +224,7 @@ def test_killed_between_the_renames_the_next_write_finds_the_old_folder(tmp_path
     assert names(tmp_path) == ["run"]
 
 
-@pytest.mark.parametrize("raised", [OSError(errno.EIO, "I/O error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("raised", [OSError(errno.EBADF, "Bad file"), KeyboardInterrupt()])
 def test_a_second_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch, raised):
     target = old_folder(tmp_path / "run")
     real = os.rename

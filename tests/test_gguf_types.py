@@ -14,13 +14,14 @@ from torch import Tensor
 from qft import models
 from qft.errors import ModelError
 from qft.export.gguf_format import GGUFPlan
-from qft.gguf.file import StoredAs, write_file
+from qft.gguf.file import StoredAs, header, write_file
 from qft.gguf.importance import Importance
 from qft.gguf.mixes import MIXES, Choice, choose_types, fall_backs
 from qft.gguf.rounding import encode
 from qft.gguf.types import TYPES
 from qft.merging.merge import open_source
 from qft.verification.thresholds import stored_format
+from qft.write_journal import WriteJournal
 
 torch.set_num_threads(1)
 BLOCKED = [kind for kind, stored in TYPES.items() if stored.block > 1]
@@ -325,6 +326,7 @@ def test_a_file_says_its_mix_and_without_it_what_most_bytes_are(tmp_path: Path) 
                            (None, "q4_k_m")):  # fmt: skip
         metadata = {} if said is None else {"general.file_type": said}
         file = tmp_path / f"{said}.gguf"
-        write_file(file, {"general.architecture": "llama", **metadata}, stored,
-                   lambda name: iter([blocks[name]]))  # fmt: skip
+        head = header({"general.architecture": "llama", **metadata}, stored)
+        journal = WriteJournal(tmp_path, str(said))  # which empties the folder
+        write_file(file, head, stored, lambda name, start: iter([blocks[name].flatten()]), journal)
         assert stored_format(tmp_path, file) == f"gguf:{expected}"

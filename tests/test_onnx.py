@@ -332,7 +332,7 @@ def test_it_writes_no_text(int8: Any, written: Any, command: list[str]) -> None:
     for folder in (int8[0], written["Bert", "embed"][1]):
         done = CliRunner().invoke(app, [command[0], str(folder), *command[1:]])
         assert isinstance(done.exception, RecipeError)
-        assert "writes no text" in str(done.exception)
+        assert "reads text and writes none" in str(done.exception)
     with pytest.raises(RecipeError, match="does not write"):
         read_back(int8[0]).generate(input_ids=torch.tensor([[5]]))
 
