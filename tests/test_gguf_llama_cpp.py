@@ -94,7 +94,7 @@ def test_random_and_degenerate_rows_lose_no_more_than_by_llama_cpp(kind: str) ->
         for importance in importances:
             ours = lost(encode(rows, kind, importance), kind, rows, importance)
             other = lost(encode_by_ggml(rows, kind, importance), kind, rows, importance)
-            # ggml's older types take the mean of x² over a whole row, and so weigh a little otherwise
+            # of x² ggml's older types take the mean over a whole row, and so weigh otherwise
             assert ours <= other * (1 if importance is None else 1.02), name
     constant = torch.randn(96, 1).expand(96, 512).contiguous()  # whoever's scale rounds luckier
     relative = lost(encode(constant, kind), kind, constant, None) / float((constant**2).mean())
