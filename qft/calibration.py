@@ -6,7 +6,6 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from qft.data.tasks import Example, Task
@@ -38,13 +37,13 @@ class Calibration:
     fingerprint: str
     device: str = "cpu"
 
-    def stream(self, source: MergedTensors, dtype: torch.dtype = torch.float32) -> Stream:
+    def stream(self, source: MergedTensors) -> Stream:
         """The rows on their way through a source's layers.
 
         Raises:
             ModelError: the model has not one stack of layers.
         """
-        return open_stream(source, self.batches, device=self.device, dtype=dtype)
+        return open_stream(source, self.batches, device=self.device)
 
 
 def drawn(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

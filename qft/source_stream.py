@@ -22,21 +22,19 @@ def open_stream(
     batches: Sequence[Mapping[str, Tensor]],
     *,
     device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
 ) -> Stream:
-    """Batches on their way through a source's layers; see :meth:`qft.layer_stream.Stream.layers`.
+    """Batches on their way, in float32, through a source's layers (:meth:`Stream.layers`).
 
     The names of the layers' modules are the source's: ``source.module(name)``.
 
     Args:
         source: what is to be written.
         batches: as a task collates them.
-        dtype: of the arithmetic.
 
     Raises:
         ModelError: the model has not one stack of layers, or does not run them one after another.
     """
-    skeleton = models.build_skeleton(source.config).to(dtype).eval().requires_grad_(False)
+    skeleton = models.build_skeleton(source.config).float().eval().requires_grad_(False)
     skeleton.tie_weights()  # type: ignore[operator]
     tensors = SourceTensors(source, skeleton)
     return Stream(LayerWeights(skeleton, tensors, device), batches, "the model to be exported")

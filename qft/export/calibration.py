@@ -11,7 +11,6 @@ from qft.errors import RecipeError
 from qft.export.formats import FORMATS, fits_to_rows, fitted_unasked
 from qft.hardware import choose
 from qft.held_out import recipe_of
-from qft.models import longest_input
 from qft.progress import Reporter
 from qft.recipe import Data
 from qft.verification.subject import Subject
@@ -90,8 +89,8 @@ def _training_rows(
                               fix="add --calibration-data FILE")  # fmt: skip
         return load_train_eval(recipe, tokenizer)[0], Path(str(recipe.data.train)).name  # type: ignore[arg-type]
     known = recipe.data if recipe is not None else Data(train=data)
-    longest = longest_input(reference.folder, reference.spec) or _LONGEST
-    length = recipe.train.max_length if recipe is not None else min(_LONGEST, longest)
+    shortest = min(_LONGEST, reference.longest() or _LONGEST)
+    length = recipe.train.max_length if recipe is not None else shortest
     known = known.model_copy(update={"too_long": "truncate"})
     found = load_examples(reference.spec.task, data, tokenizer, data=known,  # type: ignore[arg-type]
                           max_length=length, labels=reference.spec.labels)  # fmt: skip

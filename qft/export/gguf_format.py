@@ -61,26 +61,34 @@ class GGUFPlan:
         stops: Sequence[int] = (),
     ) -> None:
         self.source, self.mix = source, mix
+        self.architecture = architecture_of(source.config)
+        self._mapped = {tensor.name: tensor for tensor in self.architecture.tensors(source)}
+        self._said: list[str] = []  # of the tokenizer
+        self._words = words_of(source, f"./{file_name(mix)}", stops, self._said)
+        self.modelfile = self._words.modelfile
+        self.weigh(importance)
+
+    def weigh(self, importance: Importance | None) -> None:
+        """Chooses the types, which depend on whether columns weigh differently, and all else said.
+
+        Args:
+            importance: in the place of the former one; before anything is written.
+        """
         self.importance: Mapping[str, Tensor] = importance.columns if importance else {}
         self._imatrix = importance.metadata() if importance else {}
-        self.architecture = architecture_of(source.config)
-        mapped = self.architecture.tensors(source)
-        self._mapped = {tensor.name: tensor for tensor in mapped}
-        facts = [(tensor.name, tensor.shape) for tensor in mapped]
-        settings = self.architecture.metadata(source.config)
-        self._choices = choose_types(mix, self.architecture.name, facts, settings,
+        facts = [(tensor.name, tensor.shape) for tensor in self._mapped.values()]
+        settings = self.architecture.metadata(self.source.config)
+        self._choices = choose_types(self.mix, self.architecture.name, facts, settings,
                                      importance=bool(self.importance))  # fmt: skip
         self.tensors = [
             StoredAs(tensor.name, tensor.shape, self._choices[tensor.name].kind)
-            for tensor in mapped
+            for tensor in self._mapped.values()
         ]
         self.fall_backs = fall_backs(self._choices, facts)
         fell = [fall_back.text() for fall_back in self.fall_backs]
-        self.notes = [*self.architecture.notes(source.config), *fell]
-        self.notes += [importance.text()] if importance else []
-        words = words_of(source, f"./{self.file_name}", stops, self.notes)
-        self.modelfile = words.modelfile
-        self.header = header(self.metadata() | words.vocabulary, self.tensors)
+        fitted = [importance.text()] if importance else []
+        self.notes = [*self.architecture.notes(self.source.config), *fell, *fitted, *self._said]
+        self.header = header(self.metadata() | self._words.vocabulary, self.tensors)
 
     @property
     def tensor_bytes(self) -> int:

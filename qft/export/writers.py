@@ -138,8 +138,7 @@ def _gguf(job: Writing) -> ExportReport:
     if job.calibration is not None:
         from qft.gguf.importance import importance_of
 
-        importance = importance_of(job.source, job.calibration)
-        plan = GGUFPlan(job.source, job.kind, importance, job.stops)
+        plan.weigh(importance_of(job.source, job.calibration))
     job.require_disk(plan.bytes)
     with new_folder(job.out, overwrite=job.overwrite, go_on=True) as folder:
         name = write_gguf(plan, folder, job.scaled(plan.tensor_bytes)).name

@@ -1,7 +1,8 @@
 """The tokenizer within a GGUF file: its tables, its template, and what llama.cpp makes of it.
 
-Every table is held against the reference's tokenizer itself, asked by texts where it can be; what
-the writer thought of that tokenizer plays no part.
+Every table is held against the reference's tokenizer itself, asked by texts where it can be. What
+the writer thought of that tokenizer plays no part, but that texts which llama.cpp is known to cut
+otherwise are a note.
 """
 
 from __future__ import annotations
