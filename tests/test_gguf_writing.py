@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,14 +18,16 @@ import numpy as np
 import pytest
 import torch
 from merge_bases import wrapped
-from test_merge_faults import Usage
 from write_faults import (
     Moments,
+    Usage,
     contents,
     counted_in_a_child,
     in_a_child,
     kill,
     on_a_small_disk,
+    refused,
+    where_files_may_not_grow,
 )
 
 from qft import cli, shards, write_journal
@@ -503,17 +504,7 @@ def test_a_disk_that_is_full_elsewhere(tmp_path, made, monkeypatch, many_writes,
 @pytest.mark.parametrize("limit", [3_000, 60_000])
 def test_a_file_that_may_not_grow(tmp_path, made, sources_stay, limit):
     """The operating system's own refusal, in the midst of a write."""
-
-    def work() -> int:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            export(made, tmp_path / "out")
-        except SaveError as error:
-            return 7 if "cannot be written" in str(error) else 8
-        return 0
-
-    assert in_a_child(work) == 7
+    assert where_files_may_not_grow(limit, lambda: export(made, tmp_path / "out")) == 7
     assert not list(tmp_path.iterdir())
 
 
@@ -524,11 +515,8 @@ def test_a_real_disk_that_is_full(tmp_path, made, monkeypatch, sources_stay):
     place.mkdir()
 
     def work() -> int:
-        try:
-            export(made, place / "out")
-        except SaveError as error:
-            return 7 if "disk is full" in str(error) and not list(place.iterdir()) else 8
-        return 0
+        code = refused(lambda: export(made, place / "out"), "disk is full")
+        return 8 if list(place.iterdir()) else code
 
     code = on_a_small_disk(place, 100, work)
     if code == 77:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,17 @@ import pytest
 import torch
 from merge_bases import make_base, wrapped
 from safetensors.torch import load_file, save_file
-from write_faults import Moments, contents, counted_in_a_child, in_a_child, kill, on_a_small_disk
+from write_faults import (
+    Moments,
+    Usage,
+    contents,
+    counted_in_a_child,
+    in_a_child,
+    kill,
+    on_a_small_disk,
+    refused,
+    where_files_may_not_grow,
+)
 
 from qft import cli, shards, write_journal
 from qft.errors import Interrupted, ModelError, QftError, SaveError
@@ -29,7 +37,6 @@ from qft.progress import Bar
 from qft.shard_writer import write_shards
 
 torch.set_num_threads(1)
-Usage = namedtuple("Usage", "total used free")
 
 
 @pytest.fixture(scope="module")
@@ -255,17 +262,7 @@ def test_a_disk_that_is_full_elsewhere(tmp_path, made, monkeypatch, sources_stay
 @pytest.mark.parametrize("limit", [100, 3_000, 60_000, 150_000])
 def test_a_file_that_may_not_grow(tmp_path, made, monkeypatch, sources_stay, limit):
     """The operating system's own refusal, in the midst of a write."""
-
-    def work() -> int:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            merge(made, tmp_path / "out")
-        except SaveError as error:
-            return 7 if "cannot be written" in str(error) else 8
-        return 0
-
-    assert in_a_child(work) == 7
+    assert where_files_may_not_grow(limit, lambda: merge(made, tmp_path / "out")) == 7
     assert not list(tmp_path.iterdir())
 
 
@@ -276,11 +273,8 @@ def test_a_real_disk_that_is_full(tmp_path, made, monkeypatch, sources_stay):
     place.mkdir()
 
     def work() -> int:
-        try:
-            merge(made, place / "out")
-        except SaveError as error:
-            return 7 if "disk is full" in str(error) and not list(place.iterdir()) else 8
-        return 0
+        code = refused(lambda: merge(made, place / "out"), "disk is full")
+        return 8 if list(place.iterdir()) else code
 
     code = on_a_small_disk(place, 100, work)
     if code == 77:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import sys
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from typing import Any
 import torch
 
 from qft import write_journal
+from qft.errors import SaveError
+
+Usage = namedtuple("Usage", "total used free")  # what shutil.disk_usage tells
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,6 +85,26 @@ def counted_in_a_child(folder: Path, told: Path, monkeypatch: Any, work: Callabl
 
     assert in_a_child(run) == 0
     return int(told.read_text())
+
+
+def refused(write: Callable[[], object], words: str) -> int:
+    """7 where a write is refused in these words, 8 where in others, 0 where it is not."""
+    try:
+        write()
+    except SaveError as error:
+        return 7 if words in str(error) else 8
+    return 0
+
+
+def where_files_may_not_grow(limit: int, write: Callable[[], object]) -> int:
+    """Runs `refused` in a child that may write files of so many bytes, by the system's own rule."""
+
+    def work() -> int:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return refused(write, "cannot be written")
+
+    return in_a_child(work)
 
 
 def on_a_small_disk(place: Path, kilobytes: int, work: Callable[[], int]) -> int:
