@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import shlex
 import time
@@ -37,9 +36,10 @@ from qft.lean.engine import Savers
 from qft.lean.model_parts import device_of
 from qft.lean.noise import install_noise
 from qft.packing_check import keeps_apart, require_exact_packing
+from qft.planning.job import first_micro_batch, longest_examples
 from qft.preparation import inner_model, prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
-from qft.readiness import DEFAULT_MICRO_BATCH, make_ready
+from qft.readiness import make_ready
 from qft.recipe import Recipe
 from qft.registry import settings_of
 from qft.run_folder import create_run_folder, find_start, require_same_start
@@ -178,7 +178,7 @@ def _keep_within(recipe: Recipe, opened: _Opened, budget: int, reporter: Reporte
     """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
     model, layout = opened.model, opened.layout
     count = _micro_batch(recipe, opened.features)
-    longest = _longest(opened.inputs.train.examples, count, layout.pack_to)
+    longest = longest_examples(opened.inputs.train.examples, count, layout.pack_to)
 
     step = _trial(opened, longest, count)
     layers = len(checkpointed_layers(inner_model(model)))
@@ -200,7 +200,7 @@ def _keep_if_roomy(recipe: Recipe, opened: _Opened, reporter: Reporter) -> None:
     count = _micro_batch(recipe, opened.features)
     ordered = sorted(inputs.train.examples, key=lambda e: len(e.inputs["input_ids"]))
     ordinary = ordered[len(ordered) // 2]
-    longest = _longest(ordered, count, layout.pack_to)
+    longest = longest_examples(ordered, count, layout.pack_to)
     most = max(len(e.inputs["input_ids"]) for e in longest) * count
     if layout.shares_rows:
         most = sum(len(e.inputs["input_ids"]) for e in longest)
@@ -235,19 +235,7 @@ def _trial(opened: _Opened, examples: Sequence[Example], count: int) -> Callable
 
 
 def _micro_batch(recipe: Recipe, features: Features | None) -> int:
-    """Examples a forward pass, to begin with: all of a step where each is but one cached row."""
-    size = recipe.train.batch_size
-    pooled = features is not None and features.pooled
-    return recipe.memory.micro_batch or (size if pooled else min(size, DEFAULT_MICRO_BATCH))
-
-
-def _longest(examples: Sequence[Example], rows: int, pack_to: int | None) -> list[Example]:
-    """The longest examples: one a row, or as many as fill the rows."""
-    ordered = sorted(examples, key=lambda e: -len(e.inputs["input_ids"]))
-    if pack_to is None:
-        return ordered[:rows]
-    filled = itertools.accumulate(len(e.inputs["input_ids"]) for e in ordered)
-    return ordered[: 1 + sum(tokens < rows * pack_to for tokens in filled)]
+    return first_micro_batch(recipe, features is not None and features.pooled)
 
 
 def _layout(recipe: Recipe, model: nn.Module, inputs: Inputs, extends_sequence: bool) -> Layout:

@@ -27,13 +27,13 @@ def fake_step(*models: nn.Module, device: str = DEVICE, on_cuda: bool = False) -
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         for model in models:
-            _fill(model, device)
+            fill_with_fakes(model, device)
         with fused_attention(on_cuda):
             yield
 
 
-def _fill(model: nn.Module, device: str) -> None:
-    """Every parameter and buffer by a fake one; what was shared stays shared."""
+def fill_with_fakes(model: nn.Module, device: str) -> None:
+    """Every parameter and buffer by a fake one, of the mode at hand; what was shared stays so."""
     made: dict[int, Any] = {}
     for module in model.modules():
         place = "cpu" if on_host(module) else device
