@@ -58,9 +58,10 @@ class FakeTraining:
         """
         chosen = self.job.longest() if examples is None else examples
         count = micro_batch or self.job.micro_batch
-        self._step(chosen, count)
-        with Meter(self.model, self._optimizer, self.device) as counting:
+        with self._attention():
             self._step(chosen, count)
+            with Meter(self.model, self._optimizer, self.device) as counting:
+                self._step(chosen, count)
         return counting.reading()
 
     def _step(self, examples: Sequence[Example], micro_batch: int) -> None:
@@ -86,7 +87,7 @@ class FakeTraining:
         self._optimizer.zero_grad(set_to_none=True)
 
     def _fake_forward(self, **batch: Any) -> Any:
-        with self._mode, self._attention():
+        with self._mode:
             return self._forward(**{name: self._faked(v) for name, v in batch.items()})
 
     def _backward(self, loss: Tensor) -> None:
