@@ -359,8 +359,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             found=type(values).__name__,
             fix="begin with the lines `model: …`, `task: …`, `data: …`",
         )
-    for override in overrides:
-        _apply_override(values, override)
+    apply_overrides(values, overrides)
     return build_recipe(values, where=str(path), lines=lines)
 
 
@@ -468,6 +467,16 @@ def _key_lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
             found[place] = key.start_mark.line + 1
             waiting.append((value, place))
     return found
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets ``key.sub=value`` words in a recipe's plain values.
+
+    Raises:
+        RecipeError: a word is not of that form.
+    """
+    for override in overrides:
+        _apply_override(values, override)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
