@@ -141,7 +141,7 @@ class Data(Settings):
 _UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def _as_bytes(value: Any) -> Any:
+def as_bytes(value: Any) -> Any:
     """``8GiB`` to bytes; what is no size is left for the error message."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(value), re.IGNORECASE)
     if found:
@@ -158,7 +158,7 @@ def _as_bound(value: Any) -> Any:
     if value is False:
         return "off"
     try:
-        return _as_bytes("no size" if value is True else value)
+        return as_bytes("no size" if value is True else value)
     except ValueError:
         raise ValueError("auto, off or a size: 8GiB, 512MiB or a number of bytes") from None
 
@@ -190,7 +190,7 @@ class Memory(Settings):
         description="layers whose activations are recomputed in the backward pass; auto is none "
         "where half of the free memory surely suffices for that, else full, or what budget allows",
     )
-    budget: Annotated[int, BeforeValidator(_as_bytes)] | None = Field(
+    budget: Annotated[int, BeforeValidator(as_bytes)] | None = Field(
         None, description="8GiB, 512MiB: what a step may hold; checkpointing: auto keeps what fits"
     )
     offload: Literal["none", "host", "disk"] = Field(
