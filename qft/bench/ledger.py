@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qft import __version__, hardware
+from qft import hardware
 from qft.bench import facts
 from qft.bench.scrubbing import scrubbed
 from qft.errors import QftError, first_line, printable
@@ -179,7 +179,7 @@ def _told(done: Recording, ended: BaseException | None) -> Record:
 
 
 def _of_result(verb: str, result: Any) -> Record:
-    """What a result says; of the versions, this process knows more."""
+    """What a result says; the versions are this process's."""
     return {k: v for k, v in facts.of_result(verb, result).items() if k != "versions"}
 
 
@@ -218,7 +218,7 @@ def _here(verb: str) -> Record:
         "id": f"r{secrets.token_hex(4)}",
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "verb": verb,
-        "versions": {**hardware.versions(), "qft": __version__},
+        "versions": hardware.versions(),
         "process_peak_resident_bytes": hardware.peak_resident_bytes(),
     }
     torch: Any = sys.modules.get("torch")  # a verb that does not need it does not pay for it
