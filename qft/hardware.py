@@ -91,14 +91,25 @@ def _fast_bfloat16(device: str) -> tuple[bool, str]:
 
 
 def _cpu_flags() -> frozenset[str]:
+    return frozenset(_cpu_says("flags", "Features").split())
+
+
+def _cpu_says(*keys: str) -> str:
+    """What /proc/cpuinfo has for the first of these keys; nothing where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    for line in lines:
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
+
+
+def device_name(device: str) -> str:
+    """The model of the GPU, or of the CPU; nothing of a GPU that is not there."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return _cpu_says("model name") or platform.processor() or platform.machine()
 
 
 def resident_bytes() -> int:

@@ -138,14 +138,14 @@ class Data(Settings):
         return labels
 
 
-_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def as_bytes(value: Any) -> Any:
     """``8GiB`` to bytes; what is no size is left for the error message."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(value), re.IGNORECASE)
     if found:
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+        return int(float(found[1]) * UNITS[found[2].upper()])
     if isinstance(value, int) and value > 0:
         return value
     raise ValueError("not a size: 8GiB, 512MiB or a number of bytes")

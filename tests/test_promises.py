@@ -37,7 +37,7 @@ _PLACES = """
     data.tagging data.embed data.packing
     data.augment data.splits data.tasks data.preflight inputs shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
-    attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
+    attention_interface preparation bench.shapes bench.fake_model bench.step bench.step_words
     task_loss distillation.lessons distillation.teachers distillation.matching
     distillation.heads distillation.live distillation.supply
     budget step token_batches checkpoints run_folder first_step trainer run_watch
@@ -83,6 +83,9 @@ _PLACES = """
     export.format_table export.right_base export.calibration export.beside export.place
     export.proven export.delivery export healing
     demo.docstrings demo.job
+    bench.scrubbing bench.facts bench.ledger bench.recorded terminal
+    bench.figures bench.sides bench.compare bench.gate bench.table bench.listing bench.plots
+    bench.repeat bench.commands
     cli
 """
 ORDER = _PLACES.split()
