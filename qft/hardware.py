@@ -126,6 +126,13 @@ def device_memory(device: str) -> tuple[int, int]:
     return now, max(now, peak_resident_bytes())
 
 
+def reserved_bytes() -> int:
+    """What the CUDA allocator has taken from the GPU, in use or not."""
+    import torch
+
+    return torch.cuda.memory_reserved()
+
+
 def free_memory_bytes(device: str) -> int | None:
     """Bytes a new job could take, or None where the system does not say."""
     if device == "cuda":

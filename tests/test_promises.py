@@ -23,6 +23,7 @@ README = REPOSITORY / "README.md"
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
     errors scripts files progress quiet_libraries hardware
+    report.escaping report.numbers report.drawing report.bars
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
@@ -97,6 +98,7 @@ FRONTS = (
     "metrics",
     "planning",
     "pruning",
+    "report",
     "verification",
 )  # packages that only describe
 
