@@ -12,6 +12,7 @@ import typer
 
 from qft.errors import Interrupted, QftError, printable
 from qft.quiet_libraries import quiet_libraries
+from qft.report.command import report
 
 if TYPE_CHECKING:
     from qft.progress import Reporter
@@ -195,6 +196,9 @@ def check(
             console.print(line)
 
     _print(report, as_json, show)
+
+
+app.command()(report)
 
 
 @app.command("eval")

@@ -126,6 +126,11 @@ def device_memory(device: str) -> tuple[int, int]:
     return now, max(now, peak_resident_bytes())
 
 
+def memory_floor_bytes(device: str) -> int:
+    """What the libraries alone take, asked before a model is loaded: beyond it counts a job."""
+    return resident_bytes() if device == "cpu" else 0
+
+
 def reserved_bytes() -> int:
     """What the CUDA allocator has taken from the GPU, in use or not."""
     import torch

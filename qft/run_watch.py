@@ -26,14 +26,23 @@ _COUNTS = ("seconds", "cpu_seconds", "tokens", "items", "replays")
 class RunWatch(TrainerCallback, ExportableState):
     """Counts, shows and logs; ends the run after the step at hand when asked to.
 
-    Its counts go into every checkpoint, so that a resumed run reports all of its parts.
+    Its counts go into every checkpoint, so that a resumed run reports all of its parts. ``floor``
+    is the bytes that the libraries alone take (`qft.hardware.memory_floor_bytes`).
     """
 
-    def __init__(self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        trainer: StepTrainer,
+        log: Path,
+        device: str,
+        reporter: Reporter,
+        floor: int = 0,
+    ) -> None:
         self._trainer = trainer
         self._log = log
         self._device = device
         self._reporter = reporter
+        self._floor = floor
         self._bar: Bar | None = None
         self._context: Any = None
         self._started = self._cpu_started = 0.0
@@ -125,6 +134,7 @@ class RunWatch(TrainerCallback, ExportableState):
             "replays": self.replays,
             "memory_bytes": now,
             "memory_peak_bytes": peak,
+            "memory_floor_bytes": self._floor,
         }
         if self._device == "cuda":
             facts["memory_reserved_bytes"] = hardware.reserved_bytes()

@@ -89,7 +89,7 @@ class _Frame:
         self.colours = colours_of(sorted(found))
         self.names = [name for name in self.colours if name in found]
         self.left = 16 + min(120.0, max([text_width(p.phase) for p in phases], default=0.0))
-        self.right = WIDTH - 72.0  # the totals stand there
+        self.right = WIDTH - 70.0  # the totals stand there
         self.top = 50.0
         self.hosted = any(any(p.host.values()) for p in phases)
         self.step = _THICK + (_THIN + 3 if self.hosted else 0) + _APART

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from qft.report.escaping import escaped
 
-WIDTH = 560  # of every chart, in its own units: readable at a phone's width too
+WIDTH = 480  # of every chart, in its own units: words stay readable at a phone's width
+_SIZE = 13.0  # of words
 # bright enough for a dark page, and dark enough for a light one
 COLOURS = {
     "weights": "#4e79a7", "adapters": "#59b5c3", "gradients": "#5aa454", "optimizer": "#a77fc0",
@@ -26,9 +27,9 @@ font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Noto Sans',sans-serif}
 --q-back:#151a21;--q-one:#6aa9e9;--q-two:#f59a4c;--q-bad:#ff7b72;--q-good:#5cc98c}}
 @media print{svg.q-chart{--q-ink:#1d2430;--q-soft:#667085;--q-grid:#e4e7ec;--q-back:#ffffff;
 --q-one:#2f6fb3;--q-two:#d9660f;--q-bad:#c43a31;--q-good:#2e8b57}}
-.q-chart text{fill:var(--q-soft);font-size:12px}
+.q-chart text{fill:var(--q-soft);font-size:13px}
 .q-chart .q-strong{fill:var(--q-ink);font-weight:600}
-.q-chart .q-head{fill:var(--q-ink);font-weight:600;font-size:14px}
+.q-chart .q-head{fill:var(--q-ink);font-weight:600;font-size:14.5px}
 .q-chart .q-over{fill:var(--q-bad);font-weight:600}
 .q-chart .q-limit{fill:var(--q-bad)}
 .q-chart .q-grid{stroke:var(--q-grid);stroke-width:1}
@@ -70,13 +71,13 @@ def rule(x1: float, y1: float, x2: float, y2: float, kind: str, **more: object) 
     return element("line", **{"class": kind, **ends, **more})
 
 
-def text_width(text: str, size: float = 12) -> float:
+def text_width(text: str, size: float = _SIZE) -> float:
     """About as wide as a line of text will be drawn; no browser is here to ask."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return size * (0.56 * (len(text) - wide) + wide)
 
 
-def clipped(text: str, width: float, size: float = 12) -> str:
+def clipped(text: str, width: float, size: float = _SIZE) -> str:
     """The text, cut where it would be wider."""
     if text_width(text, size) <= width:
         return text

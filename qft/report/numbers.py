@@ -28,9 +28,7 @@ class ByteUnit:
     def number(self, count: float) -> str:
         """Three digits that count, or a whole number, without the unit."""
         value = count / self.size
-        if value == round(value) or not 0.1 <= abs(value) < 99.95:
-            return short(value)
-        return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
+        return f"{value:.2f}" if 0.1 <= abs(value) < 1 else short(value)
 
     def text(self, count: float) -> str:
         """With the unit."""
@@ -43,7 +41,7 @@ def bytes_text(count: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits that count: 0.0123, 1.23, 12.3, 123, 1,234; 2e-04 where it is tiny."""
+    """Three digits that count: 0.0123, 1.20, 12.3, 123, 1,234; 2e-4 where it is tiny; 4 is 4."""
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     size = abs(value)
@@ -55,9 +53,18 @@ def short(value: float) -> str:
         return f"{value:,.0f}"
     if size < 1e-3:
         return f"{value:.2e}".replace(".00e", "e").replace("e-0", "e-")
-    digits = max(0, 2 - math.floor(math.log10(size)))
-    text = f"{value:.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    if value == round(value):
+        return f"{value:.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+
+
+def compact(count: float) -> str:
+    """8,798,208 → ``8.8 M``."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if count >= size:
+            scaled = count / (1e3 if letter == "k" else size)
+            return f"{scaled:.1f} {letter}" if scaled < 99.95 else f"{scaled:.0f} {letter}"
+    return f"{count:,.0f}"
 
 
 def duration_text(seconds: float) -> str:
@@ -101,13 +108,18 @@ def tick_texts(ticks: Sequence[float]) -> list[str]:
     largest = max((abs(t) for t in ticks), default=0.0)
     step = min((b - a for a, b in itertools.pairwise(ticks)), default=largest or 1.0)
     if largest and (largest < 1e-3 or largest >= 1e9):
-        return ["0" if t == 0 else f"{t:.2g}".replace("e-0", "e-") for t in ticks]
+        return ["0" if t == 0 else _scientific(t) for t in ticks]
     for size, letter in ((1e6, "M"), (1e4, "k")):
         if largest >= size:
             scaled = 1e6 if letter == "M" else 1e3
             return ["0" if t == 0 else f"{t / scaled:.{_decimals(step / scaled)}f}{letter}"
                     for t in ticks]  # fmt: skip
     return [f"{t:,.{_decimals(step)}f}" for t in ticks]
+
+
+def _scientific(value: float) -> str:
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def _decimals(step: float) -> int:
