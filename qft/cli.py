@@ -13,6 +13,7 @@ from qft.bench.commands import app as bench
 from qft.bench.recorded import Ledger, RecordedCommand, follow, leave_no_record, made
 from qft.errors import Interrupted, QftError, printable
 from qft.quiet_libraries import quiet_libraries
+from qft.report.command import report
 from qft.terminal import Json, Quiet, print_result, print_rows, print_table
 
 if TYPE_CHECKING:
@@ -199,6 +200,9 @@ def check(
             console.print(line)
 
     print_result(report, as_json, show)
+
+
+app.command()(report)
 
 
 @app.command("eval", cls=RecordedCommand)

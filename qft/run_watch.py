@@ -26,14 +26,23 @@ _COUNTS = ("seconds", "cpu_seconds", "tokens", "items", "replays")
 class RunWatch(TrainerCallback, ExportableState):
     """Counts, shows and logs; ends the run after the step at hand when asked to.
 
-    Its counts go into every checkpoint, so that a resumed run reports all of its parts.
+    Its counts go into every checkpoint, so that a resumed run reports all of its parts. ``floor``
+    is the bytes that the libraries alone take (`qft.hardware.memory_floor_bytes`).
     """
 
-    def __init__(self, trainer: StepTrainer, log: Path, device: str, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        trainer: StepTrainer,
+        log: Path,
+        device: str,
+        reporter: Reporter,
+        floor: int = 0,
+    ) -> None:
         self._trainer = trainer
         self._log = log
         self._device = device
         self._reporter = reporter
+        self._floor = floor
         self._bar: Bar | None = None
         self._context: Any = None
         self._started = self._cpu_started = 0.0
@@ -42,6 +51,7 @@ class RunWatch(TrainerCallback, ExportableState):
         self.tokens = 0
         self.items = 0
         self.replays = 0
+        self._logged = (0.0, 0, 0)  # seconds, tokens and items at the line before
         self.stop_asked = False
 
     def state(self) -> dict[str, Any]:
@@ -54,6 +64,7 @@ class RunWatch(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         for name in _COUNTS:
             setattr(self, name, saved.get(name, getattr(self, name)))
+        self._logged = (self.seconds, self.tokens, self.items)
         self._context = self._reporter.bar("train", state.max_steps)
         self._bar = self._context.__enter__()
         self._started, self._cpu_started = time.monotonic(), time.process_time()
@@ -99,12 +110,38 @@ class RunWatch(TrainerCallback, ExportableState):
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any
     ) -> None:
         """Appends a line to metrics.jsonl."""
-        line = {"step": state.global_step, **(logs or {})}
+        line = {"step": state.global_step, **(logs or {}), **self._so_far()}
         with explain_write_errors(self._log), self._log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(json_ready(line)) + "\n")
         if self._bar is not None and logs and "eval_loss" in logs:
             shown = "  ".join(f"{k[5:]} {v:.4f}" for k, v in logs.items() if k.startswith("eval_"))
             self._reporter.say(f"step {state.global_step}: held-out {shown}")
+
+    def _so_far(self) -> dict[str, Any]:
+        """What `qft report` draws over the steps, beside loss and learning rate.
+
+        Counts are of all the parts of a run; rates are of the steps since the line before.
+        """
+        seconds, tokens, items = self._logged
+        self._logged = (self.seconds, self.tokens, self.items)
+        now, peak = hardware.device_memory(self._device)
+        facts = {
+            "time": round(time.time(), 3),
+            "train_seconds": self.seconds,
+            "tokens": self.tokens,
+            "supervised_items": self.items,
+            "micro_batch": self._trainer.micro_batch,
+            "replays": self.replays,
+            "memory_bytes": now,
+            "memory_peak_bytes": peak,
+            "memory_floor_bytes": self._floor,
+        }
+        if self._device == "cuda":
+            facts["memory_reserved_bytes"] = hardware.reserved_bytes()
+        if self.seconds > seconds:  # not for an evaluation, which follows the line of its step
+            facts["tokens_per_second"] = (self.tokens - tokens) / (self.seconds - seconds)
+            facts["supervised_per_second"] = (self.items - items) / (self.seconds - seconds)
+        return facts
 
     def close(self) -> None:
         """Ends the bar."""

@@ -26,7 +26,7 @@ from qft.distillation.own_texts import OwnTexts
 from qft.distillation.supply import live_source, settings_in, teacher_layers
 from qft.distillation.teach import TeacherCache
 from qft.distillation.teacher_texts import with_teacher_texts
-from qft.errors import Interrupted, RecipeError
+from qft.errors import Interrupted, RecipeError, first_line
 from qft.evaluation import evaluate
 from qft.features import Features, cache_features
 from qft.files import new_folder, require_apart, write_json
@@ -42,6 +42,8 @@ from qft.progress import QUIET, Reporter, human_bytes
 from qft.readiness import make_ready
 from qft.recipe import Recipe
 from qft.registry import settings_of
+from qft.report.page import write_report
+from qft.report.samples import write_samples
 from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
 from qft.step import Layout, StepLoss, accumulate_gradients
@@ -79,6 +81,12 @@ class _Opened:
     loss: StepLoss
     lessons: CachedTeacher | None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the model, as the engine prepared it."""
+        state = prepared(self.model)
+        return state.notes if state is not None else ()
+
 
 def train(
     recipe: Recipe,
@@ -110,6 +118,7 @@ def train(
     set_seed(recipe.train.seed)
     hardware_choice = hardware.choose(recipe.device, recipe.dtype)
     reporter.say(f"device: {hardware_choice.reason}")
+    floor = hardware.memory_floor_bytes(hardware_choice.device)
     opened = _open(recipe, hardware_choice, reporter)
     identity = {
         "data": opened.inputs.train.fingerprint,
@@ -120,8 +129,9 @@ def train(
         require_same_start(folder, identity)
     else:  # only now: bad data or a bad model must not cost a former run
         create_run_folder(folder, recipe, identity)
+    write_samples(folder, opened.inputs, opened.notes)
     trainer = _make_trainer(recipe, opened, folder, reporter, callbacks)
-    report = _run(trainer, recipe, start, folder, reporter)
+    report = _run(trainer, floor, start, folder, reporter)
     return _finish(recipe, opened, trainer, report, folder, reporter)
 
 
@@ -388,11 +398,15 @@ def _task_loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
 
 
 def _run(
-    trainer: StepTrainer, recipe: Recipe, start: Path | None, folder: Path, reporter: Reporter
+    trainer: StepTrainer, floor: int, start: Path | None, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
-    """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on."""
+    """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on.
+
+    Args:
+        floor: bytes that the libraries alone take.
+    """
     device = device_of(trainer.trained).type
-    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter)
+    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter, floor)
     trainer.add_callback(watcher)
     before = _begin_measuring(device)
     try:
@@ -418,6 +432,7 @@ def _run(
         "replays": watcher.replays,
         "measured_peak_bytes": max(before, hardware.device_memory(device)[1]),
         "bytes_before_training": before,
+        "memory_floor_bytes": floor,
     }
 
 
@@ -453,12 +468,14 @@ def _finish(
         "quantize": opened.card["quantize"],
         "parameters": opened.parameters,
         "trained_parameters": _count_trained(trainer.trained),
+        "mergeable": recipe.strategy.mergeable,
         "versions": hardware.versions(),
         "feature_cache": opened.features.place if opened.features else None,
         "training": report,
         "metrics": metrics,
     }
     write_json(folder / "run.json", full)
+    _write_page(folder, reporter)
     reporter.say(
         f"done: {report['steps']} steps, {report['tokens_per_second']:.0f} tokens/s, "
         f"peak memory {human_bytes(report['measured_peak_bytes'])}"
@@ -470,3 +487,10 @@ def _finish(
     if opened.lessons is not None:
         opened.lessons.close()
     return RunResult(folder, metrics, full, trainer.trained)
+
+
+def _write_page(folder: Path, reporter: Reporter) -> None:
+    try:
+        write_report(folder)
+    except Exception as error:  # the training is done, and must not fail for its picture
+        reporter.say(f"note: no report.html was written: {first_line(error)}")

@@ -23,6 +23,9 @@ README = REPOSITORY / "README.md"
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
     errors scripts files progress quiet_libraries hardware
+    report.escaping report.numbers report.drawing report.bars report.lines report.story
+    report.figures report.markup report.heading report.outcome report.particulars report.style
+    report.page report.command
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
@@ -35,7 +38,7 @@ _PLACES = """
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.conversations data.examples data.language data.seq2seq data.classify data.extract
     data.tagging data.embed data.packing
-    data.augment data.splits data.tasks data.preflight inputs shard_store
+    data.augment data.splits data.tasks data.preflight inputs report.samples shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.step_words
     task_loss distillation.lessons distillation.teachers distillation.matching
@@ -101,6 +104,7 @@ FRONTS = (
     "metrics",
     "planning",
     "pruning",
+    "report",
     "verification",
 )  # packages that only describe
 
