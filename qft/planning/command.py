@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from qft.bench.recorded import follow
 from qft.errors import RecipeError, WillNotFitError, printable
+from qft.terminal import Json, print_lines, print_result, print_rows
 
 
 def plan(
@@ -17,7 +18,8 @@ def plan(
         list[str] | None, typer.Argument(help="key.sub=value, for example quantize=nf4.")
     ] = None,
     memory: Annotated[
-        str | None, typer.Option("--memory", help="What the job may take: 12GiB; else what is free.")
+        str | None,
+        typer.Option("--memory", help="What the job may take: 12GiB; else what is free."),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu or cuda, here or not; auto: this machine's own.")
@@ -42,7 +44,7 @@ def plan(
         Path | None, typer.Option("--picture", help="Also draw stacked bars: plan.svg.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the verdict alone.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Will it fit? Bytes by phase and category, time, disk, and what would make it fit.
 
@@ -55,6 +57,7 @@ def plan(
     flags = {"train.max_length": max_length, "task": task, "quantize": quantize}
     given = {key: value for key, value in flags.items() if value is not None}
     recipe = recipe_of(source, [*_strategy(strategy), *(overrides or [])], given)
+    follow(recipe)
     result = run(
         recipe,
         device=_device(device),
@@ -67,7 +70,7 @@ def plan(
     )
     if picture is not None:
         _draw(result, picture)
-    _show(result, quiet, as_json)
+    print_result(result, as_json, lambda: _show(result, quiet))
     if result["fits"] is False:
         raise typer.Exit(WillNotFitError.exit_code)
 
@@ -100,23 +103,12 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     write_text(path, plan_bars(result["phases"], result["budget_bytes"]))
 
 
-def _show(result: dict[str, Any], quiet: bool, as_json: bool) -> None:
+def _show(result: dict[str, Any], quiet: bool) -> None:
     from qft.planning.table import conclusions, lines, phase_rows, verdict
 
-    if as_json:
-        from qft.files import json_ready
-
-        print(json.dumps(json_ready(result), indent=2, ensure_ascii=False, default=str))
-        return
     if quiet:
         print(printable(verdict(result)))
         return
-    for line in lines(result):
-        print(printable(line))
-    rows = phase_rows(result["phases"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
-    for line in conclusions(result):
-        print(printable(line))
+    print_lines(lines(result))
+    print_rows(phase_rows(result["phases"]))
+    print_lines(conclusions(result))
