@@ -19,7 +19,7 @@ def plan(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", help="What the job may take: 12GiB; else what is free."),
+        typer.Option("--memory", help="What the job may take: 12GiB; else what is free"),
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu or cuda, here or not; auto: this machine's own.")
