@@ -92,9 +92,7 @@ def test_what_is_no_bound_is_one_clear_error(flag, text):
     assert raised.value.where == f"--{flag.replace('_', '-')}"
 
 
-@pytest.mark.parametrize(
-    "text", ["loss", "=+1", "loss=", "loss=1", "loss=+1MiB", "loss=+-", " =+1"]
-)
+@pytest.mark.parametrize("text", ["loss", "=+1", "loss=", "loss=1", "loss=+1MiB", "loss=+-", "=+"])
 def test_what_is_no_bound_of_a_metric(text):
     with pytest.raises(RecipeError):
         bounds_of(metrics=[text])
@@ -140,7 +138,7 @@ def test_a_figure_that_a_record_lacks_is_an_error_and_no_pass():
     for after in (side(lacking), side(run(), lacking)):
         with pytest.raises(RecipeError, match="tokens/s"):
             gate(side(run()), after, bounds_of(throughput="-5%"))
-    with pytest.raises(RecipeError, match="accuracy, loss|loss, accuracy"):
+    with pytest.raises(RecipeError, match="loss, accuracy"):
         gate(side(run()), side(run()), bounds_of(metrics=["f1=+1"]))
 
 
@@ -216,8 +214,9 @@ def test_a_run_folder_is_the_record_of_its_report(tmp_path):
     folder = tmp_path / "some-run"
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "weights").write_bytes(b"x" * 1000)
-    report = {"base": "bot", "device": "cpu", "strategy": {"name": "lora"}, "metrics": {"loss": 2.0},
-              "training": {"measured_peak_bytes": 5, "tokens": 30, "train_seconds": 3.0}}  # fmt: skip
+    report = {"base": "bot", "device": "cpu", "strategy": {"name": "lora"},
+              "training": {"measured_peak_bytes": 5, "tokens": 30, "train_seconds": 3.0},
+              "metrics": {"loss": 2.0}}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(report))
     for word in (folder, folder / "run.json", f"{folder},{folder}"):
         records = Shelf("off").side(str(word)).records
