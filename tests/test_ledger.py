@@ -8,7 +8,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A tiny training and what came after it, all by the command line, in one ledger."""
     folder = tmp_path_factory.mktemp("ledger")
     book = folder / "book.jsonl"
@@ -74,8 +74,8 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     ]
     patch.undo()
     assert done[0].exit_code == 0, done[0].output
-    yield {"folder": folder, "done": done, "records": lines_of(book), "book": book,
-           "report": json.loads((folder / "run" / "run.json").read_text())}  # fmt: skip
+    return {"folder": folder, "done": done, "records": lines_of(book), "book": book,
+            "report": json.loads((folder / "run" / "run.json").read_text())}  # fmt: skip
 
 
 def test_commands_leave_one_record_each_and_a_dry_run_none(trained):
@@ -373,7 +373,8 @@ def test_a_result_that_cannot_be_read_costs_a_note(book, capsys, monkeypatch):
 
 def test_the_public_function_records_what_it_is_given(book, tmp_path):
     report = {"task": "text", "device": "cpu", "strategy": {"name": "lora"}, "base": "m",
-              "training": {"tokens": 100, "train_seconds": 2.0}, "metrics": {"loss": 1.5}}  # fmt: skip
+              "training": {"tokens": 100, "train_seconds": 2.0},
+              "metrics": {"loss": 1.5}}  # fmt: skip
     written = ledger.record("train", report, seconds=3.0, note=f"from {tmp_path}/deep/x.jsonl")
     assert written is not None
     (record,) = lines_of(book)

@@ -244,6 +244,7 @@ def append(fields: Record, path: Path) -> Record:
     if "device" in fields and "device_name" not in fields:
         fields = {**fields, "device_name": hardware.device_name(str(fields["device"]))}
     kept = _bounded(json_ready(scrubbed(fields)))
+    kept.pop("number", None)  # of another ledger
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qft.bench.ledger import Record, ledger_path, read
+from qft.bench.ledger import Record, append, ledger_path, read
 from qft.errors import QftError, RecipeError
 from qft.progress import QUIET, Reporter
 from qft.recipe import load_recipe
@@ -40,20 +40,19 @@ def train_repeatedly(
                           where="QFT_LEDGER, --ledger", fix="--ledger FILE")  # fmt: skip
     changes = [*overrides, f"train.max_steps={steps}"]
     load_recipe(recipe, changes)  # before a process is started for it
-    known = {record.get("id") for record in read(path)[0]}
     with tempfile.TemporaryDirectory(prefix="qft-bench-") as folder:
+        found = []
         for number in range(1, repeat + 1):
             reporter.say(f"training {number} of {repeat}, {steps} steps")
+            own = Path(folder) / f"{number}.jsonl"  # others may write to the ledger meanwhile
             command = [sys.executable, "-m", "qft.cli", "train", str(recipe), *changes,
                        f"output={folder}/run", "--overwrite", "--quiet",
-                       "--ledger", str(path)]  # fmt: skip
+                       "--ledger", str(own)]  # fmt: skip
             done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
             if done.returncode != 0:
                 raise QftError(f"Training {number} of {repeat} failed.", where=recipe,
                                found=f"exit status {done.returncode}")  # fmt: skip
-    made = [record for record in read(path)[0] if record.get("id") not in known]
-    found = [record for record in made if record.get("verb") == "train"]
-    if len(found) < repeat:
-        raise QftError("The trainings left no records of themselves.", where=path,
-                       fix="--ledger FILE, in a folder that can be written to")  # fmt: skip
-    return found[-repeat:]
+            found += [append(record, path) for record in read(own)[0]]
+    if len(found) != repeat:
+        raise QftError("The trainings left no records of themselves.", where=recipe)
+    return found
