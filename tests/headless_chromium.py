@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,16 @@ def find_chromium() -> str | None:
     """The browser's path: what QFT_CHROMIUM names, else what is installed."""
     named = os.environ.get("QFT_CHROMIUM")
     return named or next((found for name in NAMES if (found := shutil.which(name))), None)
+
+
+# gives the pipes the numbers that Chromium expects; dup first, since either may be 3 or 4
+_STARTER = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Tab:
@@ -114,10 +125,9 @@ def chromium(binary: str) -> Iterator[Tab]:
     to_read, to_write = os.pipe()
     from_read, from_write = os.pipe()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        # the shell gives the pipes the numbers that Chromium expects
-        script = f'exec "$0" "$@" 3<&{to_read} 4>&{from_write}'
         process = subprocess.Popen(
-            ["/bin/sh", "-c", script, binary, "--headless=new", "--no-sandbox", "--disable-gpu",
+            [sys.executable, "-c", _STARTER, str(to_read), str(from_write), binary,
+             "--headless=new", "--no-sandbox", "--disable-gpu",
              "--disable-dev-shm-usage", "--disable-background-networking", "--no-first-run",
              "--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe",
              f"--user-data-dir={profile}"],

@@ -179,7 +179,8 @@ def test_the_run_folder(tiny_llama: Path, tmp_path: Path) -> None:
     values = job(tiny_llama, tmp_path, data={"eval_share": 0.3})
     result = train(values)
     assert {p.name for p in result.folder.iterdir()} == {
-        "recipe.yaml", "start.json", "run.json", "metrics.jsonl", "adapter", "checkpoints",
+        "recipe.yaml", "start.json", "samples.json", "run.json", "metrics.jsonl", "report.html",
+        "adapter", "checkpoints",
     }  # fmt: skip
     resolved = yaml.safe_load((result.folder / "recipe.yaml").read_text(encoding="utf-8"))
     assert resolved == qft.build_recipe(values).to_dict()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import os
 import re
+import unicodedata
 from pathlib import Path
+from typing import Any
 
 _JOINERS = "\u200c\u200d"  # invisible, and part of how Persian, Hindi and emoji are written
 # what a hub, a code host or a model service hands out
@@ -29,7 +31,9 @@ def visible(text: str) -> str:
 
 
 def _harmless(character: str) -> bool:
-    return character.isprintable() or character in _JOINERS or character.isspace()
+    if character.isprintable() or character in _JOINERS:
+        return True
+    return unicodedata.category(character) == "Zs"  # spaces of other widths
 
 
 def _sign(character: str) -> str:
@@ -48,10 +52,23 @@ def discreet(text: str) -> str:
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?=[/\\\s\"']|$)", "~", text)
-    return _HOMES.sub("~", text)
+    return text
 
 
 def without_folders(text: str) -> str:
     """Absolute paths shortened to their last part: `/data/mine/rows.jsonl` to `…/rows.jsonl`."""
-    shortened = _ROOTED.sub("…/", text)
-    return re.sub(r"~/(?:[^/\s\"',\])}]+/)+", "…/", discreet(shortened))
+    shortened = _ROOTED.sub("…/", _HOMES.sub("~", text))
+    return re.sub(r"~[/\\](?:[^/\\\s\"',\])}]+[/\\])+", "…/", discreet(shortened))
+
+
+def last_part(value: Any) -> Any:
+    """The same for all texts of a recipe: one that is a whole path is cut even at its spaces."""
+    if isinstance(value, dict):
+        return {str(key): last_part(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [last_part(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~", "\\")) or re.match(r"[A-Za-z]:[/\\]", value):
+        return discreet("…/" + re.split(r"[/\\]", value.rstrip("/\\"))[-1])
+    return without_folders(value)

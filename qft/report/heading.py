@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from qft.report.escaping import escaped
+from qft.report.escaping import escaped, without_folders
 from qft.report.figures import key_figures
 from qft.report.markup import said, tag
 from qft.report.numbers import short
@@ -41,7 +41,8 @@ def title_of(story: Story) -> str:
     task = text(story.run.get("task") or story.recipe.get("task"), 40)
     held = text(story.run.get("quantize") or story.recipe.get("quantize"), 20)
     quantized = f" in {held}" if held and held != "none" else ""
-    return f"{name} on {base or 'a model'}{quantized}" + (f", task {task}" if task else "")
+    title = f"{name} on {base or 'a model'}{quantized}" + (f", task {task}" if task else "")
+    return without_folders(title)
 
 
 def result_of(story: Story) -> str:

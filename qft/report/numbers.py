@@ -55,7 +55,8 @@ def short(value: float) -> str:
         return f"{value:.2e}".replace(".00e", "e").replace("e-0", "e-")
     if value == round(value):
         return f"{value:.0f}"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(size)))}f}"
+    rounded = float(f"{size:.3g}")  # 9.996 has as many decimals as 10
+    return f"{value:.{max(0, 2 - math.floor(math.log10(rounded)))}f}"
 
 
 def compact(count: float) -> str:

@@ -79,8 +79,11 @@ def page_of(story: Story, place: str, *, samples: bool = True) -> str:
 
 def _place(folder: Path) -> str:
     """The folder as a command from here would name it, without what lies above."""
+    name, here = folder.resolve().name, Path.cwd()
+    if Path.home().is_relative_to(here):  # the way down from here would tell whose home it is
+        return name
     try:
         shown = os.path.relpath(folder)
     except ValueError:
-        return folder.name
-    return folder.resolve().name if shown.startswith("..") or shown == "." else shown
+        return name
+    return name if shown.startswith(("..", "~")) or shown == "." else shown

@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from qft.report.escaping import discreet, escaped, without_folders
+from qft.report.escaping import discreet, escaped, last_part, without_folders
 from qft.report.markup import said, section, table, tag
 from qft.report.numbers import short
 from qft.report.story import Story, mapping, number, sequence, text
 
 _WRITING = ("text", "chat", "instruct", "seq2seq")  # tasks whose model writes
-_RECIPE_CHARACTERS = 40_000
+_SHOWN = 4_000  # characters of a row
+_RECIPE_CHARACTERS = 20_000
 
 
 def data(story: Story) -> str:
@@ -40,16 +41,18 @@ def _sample(row: Mapping[str, Any]) -> str:
         f"label {text(label, 80)}" if label is not None else f"{supervised:,.0f} supervised"
     )
     top = tag("strong", name) + escaped(" · " + " · ".join(fact for fact in facts if fact))
-    pieces = "".join(_piece(piece) for piece in sequence(row.get("pieces"))[:400])
-    more = tag("span", " … the rest is not shown", "soft") if row.get("cut") is True else ""
+    pieces, left = "", _SHOWN
+    for piece in sequence(row.get("pieces")):
+        if left > 0 and isinstance(piece, list) and len(piece) == 2:
+            pieces += _piece(text(piece[0], left), piece[1] is True)
+            left -= len(str(piece[0])) + 10  # an empty piece is markup too
+    cut = row.get("cut") is True or left <= 0
+    more = tag("span", " … the rest is not shown", "soft") if cut else ""
     return tag("article", tag("p", top, "top") + tag("div", pieces + more, "row", dir="auto"))
 
 
-def _piece(piece: object) -> str:
-    if not isinstance(piece, list) or len(piece) != 2:
-        return ""
-    shown = escaped(discreet(text(piece[0], 6000)))
-    return tag("mark", shown) if piece[1] is True else tag("span", shown)
+def _piece(shown: str, supervised: bool) -> str:
+    return tag("mark" if supervised else "span", escaped(discreet(shown)))
 
 
 def notes(story: Story) -> str:
@@ -97,6 +100,15 @@ def going_on(story: Story, place: str) -> str:
     return section("How to go on", tag("dl", items, "steps"))
 
 
+def _recipe(story: Story) -> str:
+    import yaml
+
+    if not story.recipe:
+        return without_folders(text(story.recipe_text, _RECIPE_CHARACTERS))
+    written = yaml.safe_dump(last_part(story.recipe), sort_keys=False, allow_unicode=True)
+    return text(written, _RECIPE_CHARACTERS)
+
+
 def environment(story: Story) -> str:
     """Versions and device, and the recipe with every default."""
     run = story.run
@@ -105,8 +117,7 @@ def environment(story: Story) -> str:
               for key in ("base_fingerprint", "data_fingerprint")]  # fmt: skip
     facts += list(mapping(run.get("versions")).items())[:40]
     rows = [[said(name), said(value)] for name, value in facts if value not in (None, "")]
-    recipe = text(story.recipe_text, _RECIPE_CHARACTERS)
-    shown = tag("pre", escaped(without_folders(recipe)))
+    shown = tag("pre", escaped(_recipe(story)))
     return section(
         "Recipe and environment",
         tag("details", tag("summary", "The resolved recipe") + shown),

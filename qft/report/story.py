@@ -7,7 +7,6 @@ and the page goes on without it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +19,7 @@ from qft.errors import QftError, RecipeError
 _RECIPE, _RUN, _LOG, _SAMPLES = "recipe.yaml", "run.json", "metrics.jsonl", "samples.json"
 _LARGEST = 16 * 2**20  # bytes of a file that is read as a whole
 _LINES, _LINE_BYTES = 400_000, 65_536  # of the log
+_TOO_MUCH = 1e100  # no measurement of anything; NaN and the infinities are none either
 Line = Mapping[str, float | None]
 
 
@@ -67,7 +67,8 @@ class Story:
     @cached_property
     def phases(self) -> list[PhaseAmounts]:
         """The plan's, if the run has one."""
-        return [_phase(p) for p in sequence(self.plan.get("phases")) if isinstance(p, Mapping)]
+        told = sequence(self.plan.get("phases"))[:12]
+        return [_phase(p) for p in told if isinstance(p, Mapping)]
 
     @property
     def plan(self) -> Mapping[str, Any]:
@@ -92,7 +93,7 @@ class Story:
     def held_out(self) -> dict[str, list[tuple[float, float | None]]]:
         """Each held-out metric over the steps."""
         keys = dict.fromkeys(k for line in self.lines for k in line if k.startswith("eval_"))
-        return {key[5:]: self.series(key) for key in keys}
+        return {text(key[5:], 60): self.series(key) for key in list(keys)[:40]}
 
     @cached_property
     def replays(self) -> list[tuple[float, float, float]]:
@@ -143,8 +144,16 @@ def _text(path: Path) -> str | None:
 def _recipe(text: str) -> Mapping[str, Any]:
     import yaml
 
+    class Plain(yaml.SafeLoader):
+        """Without aliases: a few lines of them can make a value without end."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("an alias")
+            return super().compose_node(parent, index)
+
     try:
-        return mapping(yaml.safe_load(text))
+        return mapping(yaml.load(text, Loader=Plain))
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
 
@@ -211,7 +220,7 @@ def number(value: object) -> float | None:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _TOO_MUCH else None
 
 
 def text(value: object, length: int = 200) -> str:
