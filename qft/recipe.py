@@ -163,6 +163,15 @@ def _as_bound(value: Any) -> Any:
         raise ValueError("auto, off or a size: 8GiB, 512MiB or a number of bytes") from None
 
 
+def _as_budget(value: Any) -> Any:
+    if value in ("auto", None):
+        return value
+    try:
+        return as_bytes(value)
+    except ValueError:
+        raise ValueError("auto or not a size: 8GiB, 512MiB or a number of bytes") from None
+
+
 class SaverSwitches(Settings):
     """The parts of the lean engine, each of which can be switched off."""
 
@@ -190,8 +199,10 @@ class Memory(Settings):
         description="layers whose activations are recomputed in the backward pass; auto is none "
         "where half of the free memory surely suffices for that, else full, or what budget allows",
     )
-    budget: Annotated[int, BeforeValidator(as_bytes)] | None = Field(
-        None, description="8GiB, 512MiB: what a step may hold; checkpointing: auto keeps what fits"
+    budget: Annotated[Literal["auto"] | int, BeforeValidator(_as_budget)] | None = Field(
+        None,
+        description="8GiB, 512MiB: what the training may take beyond the libraries (on a GPU with "
+        "its context), enforced; auto is what is free when it begins; null enforces nothing",
     )
     offload: Literal["none", "host", "disk"] = Field(
         "none", description="where the inputs of recomputed layers wait for the backward pass"

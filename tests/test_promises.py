@@ -26,6 +26,7 @@ _PLACES = """
     report.escaping report.numbers report.drawing report.bars report.lines report.story
     report.figures report.markup report.heading report.outcome report.particulars report.style
     report.page report.command
+    random_state out_of_memory micro_batch phase_peaks
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
@@ -43,7 +44,8 @@ _PLACES = """
     attention_interface preparation bench.shapes bench.fake_model bench.step bench.step_words
     task_loss distillation.lessons distillation.teachers distillation.matching
     distillation.heads distillation.live distillation.supply
-    budget step token_batches checkpoints run_folder first_step trainer run_watch
+    budget enforcement step rehearsal token_batches checkpoints run_folder first_step schedule
+    trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     generation distillation.own_texts distillation.distilled_loss
@@ -62,7 +64,8 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness planning.amounts planning.job planning.fake_training
-    planning.opening planning.changes planning.crossing planning.solver checking training folds
+    planning.opening planning.changes planning.crossing planning.solver checking fitting
+    training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
