@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from transformers import set_seed
 
-import qft
 from qft import hardware, micro_batch, training
-from qft.checkpoints import list_checkpoints
-from qft.errors import QftError, WillNotFitError
-from qft.evaluation import evaluate
-from qft.generation import generate
-from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.model_parts import layer_stacks
 from qft.micro_batch import MicroBatch
-from qft.out_of_memory import Shortage, asked_bytes, is_out_of_memory
 from qft.preparation import inner_model, prepared
 from qft.progress import Reporter
 from qft.recipe import build_recipe

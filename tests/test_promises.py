@@ -63,13 +63,15 @@ _PLACES = """
     pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
-    readiness planning.amounts planning.job planning.fake_training
-    planning.likeness planning.depth
+    readiness planning.amounts planning.flat_rows planning.job planning.skeletons
+    planning.known_values planning.fake_optimizer planning.fake_lessons planning.fake_loss
+    planning.fake_training planning.likeness planning.depth
     planning.opening planning.stored_weights planning.held_model planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.changes planning.crossing planning.solver
     planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
-    planning.probe planning.forecast planning.run checking fitting training folds
+    planning.probe planning.forecast planning.run checking fitting training
+    planning.measured_step folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures

@@ -128,6 +128,11 @@ class Meter(TorchDispatchMode):
             hook.remove()
         self._enter_phase("forward")
 
+    def hold(self, tensors: Iterable[Tensor], category: str = "optimizer") -> None:
+        """Counts what no model and no optimizer knows of, such as what a strategy remembers."""
+        for tensor in tensors:
+            self._see(tensor, category)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

@@ -14,6 +14,7 @@ from qft.data.encoding import UNSUPERVISED
 from qft.data.packing import PACKABLE
 from qft.data.tasks import TASKS, Example, ExampleSet, Task
 from qft.inputs import Inputs
+from qft.planning.flat_rows import would_keep_apart
 from qft.readiness import DEFAULT_MICRO_BATCH, Ready, make_ready
 from qft.recipe import Recipe
 
@@ -44,7 +45,10 @@ class PlannedJob:
     def flat(self) -> bool:
         """Whether a micro-batch is expected to be one long row; the loaded model has the word."""
         shares = self.recipe.task in PACKABLE and not self.ready.needs.extends_sequence
-        return shares and self.device == "cpu" and self.recipe.memory.savers.attention
+        engine = self.device == "cpu" and self.recipe.memory.savers.attention
+        if not (shares and engine and len(self.inputs.train.examples) > 1):
+            return False
+        return would_keep_apart(self.ready.skeleton, self.recipe.strategy, self.ready.context)
 
     @property
     def micro_batch(self) -> int:
