@@ -61,6 +61,7 @@ _PLACES = """
     readiness planning.amounts planning.job planning.fake_training
     planning.stored_weights planning.held_model planning.loading planning.evaluating
     planning.key_values planning.generating planning.caches planning.saving planning.phases
+    planning.shape_source
     checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
@@ -73,7 +74,7 @@ _PLACES = """
     export.delta_rounding export.layer_rows export.bnb_format
     export.integer_rounding export.error_compensation export.integer_plan
     export.compressed_schemes export.torchao_format
-    export.writers export.formats
+    export.writers export.formats planning.afterwards
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file
