@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from torch import nn
 
 import qft
 from qft import models
 from qft.data.tasks import TASKS, ExampleSet
+from qft.errors import RecipeError
 from qft.evaluation import evaluate
-from qft.export.formats import write_format
+from qft.export.formats import FORMATS, write_format
 from qft.files import folder_bytes
 from qft.lean.engine import Savers
 from qft.lean.meter import Meter
-from qft.merging.merge import open_source
+from qft.merging.merge import open_source, write_model
+from qft.planning.afterwards import merge_and_export
 from qft.planning.evaluating import FakeEvaluation
 from qft.planning.fake_training import FakeTraining
 from qft.planning.generating import generate_phase
@@ -267,3 +270,103 @@ def test_held_out_rows_decide_whether_there_is_an_evaluation(tiny_llama: Path):
     inputs = replace(job.inputs, held_out=ExampleSet(long))
     more = phases_of(replace(job, inputs=inputs), reading)
     assert [p.phase for p in more] == ["load", "train", "evaluate", "save"]
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of 256 numbers, which every format can hold."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("wide-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        dtype=torch.bfloat16,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+TEXTS = 3 * 4096  # config.json and the like
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["", "gguf:q4_k_m", "gguf:q8_0", "gguf:f16", "gguf-lora:f16", "gguf-lora:q8_0", "bnb:nf4",
+     "bnb:int8", "compressed-tensors:w4a16", "compressed-tensors:w8a8", "safetensors:bf16",
+     "safetensors:fp32"],
+)  # fmt: skip
+def test_what_is_merged_and_exported_takes_as_much_disk(
+    format: str, wide_llama: Path, tmp_path: Path
+):
+    job = job_of(wide_llama, strategy={"name": "lora", "rank": 32})
+    (merged, *exported) = merge_and_export(job, [format] if format else [])
+    (foreseen,) = exported or [merged]
+    spec = replace(job.ready.spec, dtype=torch.bfloat16)
+    source = open_source(
+        wide_llama, models.open_skeleton(wide_llama, spec), adapter=_rank_32(wide_llama, tmp_path),
+        strategy=job.recipe.strategy,
+    )  # fmt: skip
+    if format:
+        write_format(source, format, tmp_path / "out")
+    else:
+        write_model(source, tmp_path / "out")
+    real = folder_bytes(tmp_path / "out")
+    assert sum(foreseen.disk.values()) == pytest.approx(real, rel=0.01, abs=TEXTS)
+
+
+def _rank_32(folder: Path, place: Path) -> Path:
+    job = job_of(folder, strategy={"name": "lora", "rank": 32})
+    (place / "adapter").mkdir()
+    job.recipe.strategy.save(opened(job), place / "adapter")
+    return place / "adapter"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx:fp32", "onnx:int8"])
+def test_an_encoder_takes_as_much_disk(format: str, minilm: Path, tmp_path: Path):
+    pytest.importorskip("onnxscript")
+    job = job_of(minilm, "classify")
+    (_, foreseen) = merge_and_export(job, [format])
+    source = open_source(
+        minilm, models.open_skeleton(minilm, replace(job.ready.spec, task="embed"))
+    )
+    write_format(source, format, tmp_path / "out")
+    real = folder_bytes(tmp_path / "out")
+    assert sum(foreseen.disk.values()) == pytest.approx(real, rel=0.02)
+    assert foreseen.disk_peak >= real
+
+
+def test_what_a_format_refuses_is_said(tiny_llama: Path):
+    (_, refused) = merge_and_export(job_of(tiny_llama), ["onnx:int8"])
+    assert not refused.disk
+    assert "encoders alone" in refused.note
+    with pytest.raises(RecipeError, match="no such export format"):
+        merge_and_export(job_of(tiny_llama), ["gguf:q9"])
+
+
+def test_a_former_model_stays_until_the_new_one_is_there(wide_llama: Path):
+    job = job_of(wide_llama)
+    (alone,) = merge_and_export(job, [])
+    (beside,) = merge_and_export(job, [], replacing=wide_llama)
+    assert beside.disk_peak == alone.disk_peak + folder_bytes(wide_llama)
+
+
+def test_a_config_is_enough_to_plan_every_format(wide_llama: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_bytes((wide_llama / "config.json").read_bytes())
+    formats = [f for f in FORMATS if not f.startswith("onnx")]
+    with_weights = merge_and_export(job_of(wide_llama), formats)
+    for bare, whole in zip(merge_and_export(job_of(tmp_path), formats), with_weights, strict=True):
+        files = folder_bytes(wide_llama) - (wide_llama / "model.safetensors").stat().st_size
+        assert sum(bare.disk.values()) == pytest.approx(sum(whole.disk.values()), abs=3 * files)
+
+
+def test_a_merge_runs_on_the_host(wide_llama: Path):
+    recipe = recipe_of(wide_llama)
+    job = planned_job(recipe, imagined_inputs(recipe, wide_llama), "cuda")
+    (merged,) = merge_and_export(job, [])
+    assert not merged.device
+    assert merged.host_bytes > 0

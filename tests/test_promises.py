@@ -30,7 +30,8 @@ _PLACES = """
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
-    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
+    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence
+    lean.sorted_gap
     lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
@@ -68,7 +69,7 @@ _PLACES = """
     planning.fake_training planning.likeness planning.depth
     planning.opening planning.stored_weights planning.held_model planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
-    planning.phases planning.changes planning.crossing planning.solver
+    planning.phases planning.shape_source planning.changes planning.crossing planning.solver
     planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
     planning.probe planning.forecast planning.run checking fitting training
     planning.measured_step folds
@@ -83,7 +84,7 @@ _PLACES = """
     export.delta_rounding export.layer_rows export.bnb_format
     export.integer_rounding export.error_compensation export.integer_plan
     export.compressed_schemes export.torchao_format
-    export.writers export.formats
+    export.writers export.formats planning.afterwards
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file

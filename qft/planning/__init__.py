@@ -11,6 +11,7 @@ A plan is made of phases (load, train, evaluate, save, merge, export), each with
     amounts.py        what a phase takes of the device, the host and the disk
     phases.py         load, train, evaluate and save; loading.py, evaluating.py, generating.py and
                       saving.py know one each, caches.py what lies on the disk beside a run
+    afterwards.py     merge and export, when the training is over; shape_source.py: what they write
     held_model.py     a model without a byte, quantized as it will be held
     stored_weights.py what its files hold, or would
 """
