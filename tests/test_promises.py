@@ -59,7 +59,7 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness planning.amounts planning.job planning.fake_training
-    planning.changes planning.crossing planning.solver checking training folds
+    planning.changes planning.crossing planning.solver planning.maximize checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
