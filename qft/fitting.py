@@ -57,6 +57,12 @@ class Fitting:
         count = rows or self.micro_batch.examples
         return longest_examples(self.inputs.train.examples, count, self.layout.pack_to)
 
+    @property
+    def rows_at_most(self) -> int:
+        """How many of the longest rows go through the model together."""
+        rows = self.layout.rows(self.longest())
+        return self.micro_batch.count(sorted((width_of(row) for row in rows), reverse=True))
+
     def recompute_all(self) -> str | None:
         """Where `checkpointing: auto` lets layers keep their activations: they do no longer."""
         inner, state = inner_model(self.model), prepared(self.model)

@@ -38,6 +38,7 @@ from qft.micro_batch import MicroBatch
 from qft.out_of_memory import Shortage, is_out_of_memory
 from qft.packing_check import keeps_apart, require_exact_packing
 from qft.planning.job import first_micro_batch
+from qft.planning.run import RunPlan
 from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.readiness import make_ready
@@ -49,7 +50,7 @@ from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
 from qft.step import Layout, StepLoss
 from qft.task_loss import TaskLoss, balanced_weights
-from qft.trainer import Job, StepTrainer, resume_command
+from qft.trainer import Job, StepTrainer, resume_command, usual_changes
 
 EVALUATED_AT_ONCE = WRITTEN_AT_ONCE = 8  # rows; fewer where memory runs out
 
@@ -85,6 +86,7 @@ class _Opened:
     lessons: CachedTeacher | None
     fitting: Fitting
     limit: Limit
+    plan: RunPlan
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -177,6 +179,8 @@ def _open(
     limit = limit or Limit(None, chosen.device)
     inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
     ready = make_ready(recipe, inputs)
+    plan = RunPlan(recipe, inputs, ready, chosen.device, limit.budget_bytes, reporter)
+    plan.require_loadable(hardware.free_memory_bytes(chosen.device))
     limit.peaks.rebase()
     limit.peaks.enter("load")
     base, skeleton, held = inputs.base, ready.skeleton, ready.held
@@ -213,8 +217,12 @@ def _open(
     fitting = Fitting(
         recipe, model, inputs, layout, loss, micro_batch, limit.tensor_bytes, reporter
     )
-    fitting.decide()
-    return _Opened(model, inputs, card, parameters, layout, features, loss, lessons, fitting, limit)
+    with plan.advising():
+        fitting.decide()
+    plan.predict(model, fitting.rows_at_most)
+    return _Opened(
+        model, inputs, card, parameters, layout, features, loss, lessons, fitting, limit, plan
+    )
 
 
 def _layout(recipe: Recipe, model: nn.Module, inputs: Inputs, extends_sequence: bool) -> Layout:
@@ -321,6 +329,7 @@ def _make_trainer(
         reporter=reporter,
         longest=opened.fitting.longest(),
         limit=opened.limit,
+        suggest=lambda: opened.plan.suggestions() or usual_changes(),
     )
     return StepTrainer(opened.model, job, list(callbacks))
 
@@ -452,6 +461,9 @@ def _finish(
         write_card(temporary, opened.card)
     metrics = trainer.final_metrics()
     trainer.trained.eval()
+    measured = peaks.report()
+    planned = opened.plan.as_dict()  # as it was foretold, before this run teaches its lesson
+    opened.plan.keep(measured, report["steps"], report["train_seconds"])
     chosen = hardware.choose(recipe.device, recipe.dtype)
     full = {
         "task": recipe.task,
@@ -471,7 +483,8 @@ def _finish(
         "training": report,
         "budget_bytes": opened.limit.budget_bytes,
         "bytes_before_loading": peaks.baseline_bytes,
-        "measured": peaks.report(),
+        "measured": measured,
+        "plan": planned,
         "metrics": metrics,
     }
     write_json(folder / "run.json", full)

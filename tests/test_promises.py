@@ -30,7 +30,7 @@ _PLACES = """
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
-    lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
+    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
     lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
@@ -64,6 +64,7 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness planning.amounts planning.job planning.fake_training
+    planning.likeness planning.depth
     planning.opening planning.stored_weights planning.held_model planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.changes planning.crossing planning.solver planning.maximize

@@ -6,7 +6,7 @@ The examples are real ones; batches are made of them as ever, and turn fake wher
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from qft.data.tasks import Example, Task, pad_id
 from qft.lean.engine import Savers
 from qft.lean.meter import Meter, Reading
 from qft.lean.standins import quantize_skeleton
+from qft.lean.timeline import Stretch, reading_of
 from qft.planning.job import PlannedJob
 from qft.preparation import prepare, prepared
 from qft.step import Layout, StepLoss, accumulate_gradients
@@ -33,19 +34,33 @@ class FakeTraining:
 
     Args:
         job: its recipe decides the model, the strategy, the savers and the optimizer.
+        model: what `prepared_skeleton` made of it, if it is made already.
+
+    Attributes:
+        job: whose rows and settings of a step the next step has; it may be exchanged for one whose
+            model is the same.
     """
 
-    def __init__(self, job: PlannedJob) -> None:
+    def __init__(self, job: PlannedJob, model: nn.Module | None = None) -> None:
         self.job = job
         self.device = "cpu" if job.device == "cpu" else DEVICE
-        self.model = _prepared_skeleton(job)
+        self.model = model if model is not None else prepared_skeleton(job)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             fill_with_fakes(self.model, self.device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(trained, foreach=False)
+        self.optimizer = torch.optim.AdamW(trained, foreach=False)
+        self._counting: Meter | None = None
         self._forward = self.model.forward
+        self._own_forward = self.model.__dict__.get("forward")
         self.model.__dict__["forward"] = self._fake_forward
+
+    def close(self) -> None:
+        """The model's forward is its own again, and others may make it fake anew."""
+        if self._own_forward is None:
+            del self.model.__dict__["forward"]
+        else:
+            self.model.__dict__["forward"] = self._own_forward
 
     def meter(
         self, examples: Sequence[Example] | None = None, micro_batch: int | None = None
@@ -58,11 +73,28 @@ class FakeTraining:
         """
         chosen = self.job.longest() if examples is None else examples
         count = micro_batch or self.job.micro_batch
+        self.warm_up(chosen, count)
+        return reading_of(self.stretches(chosen, count))
+
+    def warm_up(self, examples: Sequence[Example], micro_batch: int) -> None:
+        """A step that is not metered: optimizer states are there after it."""
         with self._attention():
-            self._step(chosen, count)
-            with Meter(self.model, self._optimizer, self.device) as counting:
-                self._step(chosen, count)
-        return counting.reading()
+            self._step(examples, micro_batch)
+
+    def stretches(self, examples: Sequence[Example], micro_batch: int) -> list[Stretch]:
+        """One step, cut where `mark` was called; see `qft.lean.timeline`."""
+        with self._attention(), Meter(self.model, self.optimizer, self.device) as counting:
+            self._counting = counting
+            try:
+                self._step(examples, micro_batch)
+            finally:
+                self._counting = None
+        return counting.stretches()
+
+    def mark(self, label: Hashable, *, later: bool = False) -> None:
+        """A stretch of the step begins here, should it be metered; see `Meter.mark`."""
+        if self._counting is not None:
+            self._counting.mark(label, later=later)
 
     def _step(self, examples: Sequence[Example], micro_batch: int) -> None:
         train = self.job.recipe.train
@@ -83,8 +115,8 @@ class FakeTraining:
             ),
         )
         with self._mode:
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _fake_forward(self, **batch: Any) -> Any:
         with self._mode:
@@ -153,7 +185,8 @@ class _CountedLabels:
         return self._loss.of(output, batch, shifted=shifted)
 
 
-def _prepared_skeleton(job: PlannedJob) -> nn.Module:
+def prepared_skeleton(job: PlannedJob) -> nn.Module:
+    """A job's model on the meta device, its strategy attached and the engine installed."""
     recipe, ready = job.recipe, job.ready
     model = models.open_skeleton(job.inputs.base, ready.spec)
     if ready.held != "none":

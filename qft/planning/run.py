@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from qft.lean.checkpointing import checkpointed_layers
 from qft.planning.calibration import Calibration, Kind
 from qft.planning.forecast import Forecast, forecast, speed, train_phase
 from qft.planning.job import PlannedJob
-from qft.planning.loading import load_phase
+from qft.planning.loading import opened
 from qft.planning.solver import solve
 from qft.planning.speed import flops_a_step, record_speed
 from qft.planning.unseen import record_step
@@ -57,7 +58,8 @@ class RunPlan:
             WillNotFitError: with what would fit.
         """
         allowed = self.budget_bytes if self.budget_bytes is not None else free_bytes
-        needed = load_phase(self._job).peak_bytes
+        found = opened(self._job)
+        needed = found.weights + found.device
         if allowed is None or needed <= allowed:
             return
         raise WillNotFitError(
@@ -102,6 +104,17 @@ class RunPlan:
             return solve(self._job, budget, self._peak).cheapest_changes
         except (QftError, RuntimeError, NotImplementedError, TypeError):
             return ()  # an error is at hand already, and this is but its advice
+
+    @contextlib.contextmanager
+    def advising(self) -> Iterator[None]:
+        """What does not fit within it is told with the changes that would make it fit."""
+        try:
+            yield
+        except WillNotFitError as error:
+            fix = "; ".join(self.suggestions()) or error.fix
+            raise WillNotFitError(
+                error.what, where=error.where, found=error.found, fix=fix
+            ) from error
 
     def _peak(self, job: PlannedJob) -> int:
         return forecast(job, self.calibration).peak.high
