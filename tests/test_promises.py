@@ -70,6 +70,7 @@ _PLACES = """
     planning.opening planning.stored_weights planning.held_model planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.shape_source planning.changes planning.crossing planning.solver
+    planning.maximize
     planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
     planning.probe planning.forecast planning.run checking fitting training
     planning.measured_step folds

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from qft.lean.standins import BitsAndBytesAdam
 from qft.recipe import Train
-from qft.trainer import OPTIMIZERS
+from qft.schedule import OPTIMIZERS
 
 
 def fake_optimizer(model: Any, settings: Train, device: str) -> torch.optim.Optimizer:

@@ -169,6 +169,11 @@ class Trials:
         self._known: dict[tuple[Change, ...], int] = {}
         self._opened: dict[tuple[tuple[str, Value], ...], PlannedJob] = {(): job}
 
+    @property
+    def known_bytes(self) -> dict[str, int]:
+        """Every peak that was asked for, by the words of its changes."""
+        return {" ".join(c.words for c in made): size for made, size in self._known.items()}
+
     def peak(self, state: State) -> int:
         """Bytes with these changes.
 
