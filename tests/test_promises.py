@@ -60,7 +60,7 @@ _PLACES = """
     pruning.tables
     readiness planning.amounts planning.job planning.fake_training
     planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
-    planning.probe checking training folds
+    checking training planning.probe folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
