@@ -72,8 +72,8 @@ _PLACES = """
     planning.phases planning.shape_source planning.changes planning.crossing planning.solver
     planning.maximize
     planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
-    planning.probe planning.forecast planning.run checking fitting training
-    planning.measured_step folds
+    planning.forecast planning.run checking fitting training
+    planning.measured_step planning.probe folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures

@@ -31,6 +31,7 @@ from qft.errors import QftError, WillNotFitError, printable
 from qft.inputs import Inputs
 from qft.lean.engine import Savers
 from qft.lean.meter import Meter, Reading
+from qft.planning.amounts import PhaseBytes
 from qft.planning.job import PlannedJob, planned_job
 from qft.preparation import prepare, prepared
 from qft.progress import human_bytes
@@ -67,17 +68,22 @@ class ProbeResult:
     """What was measured, and of which job.
 
     Attributes:
-        probed: the job itself, or one of few layers with random weights.
+        probed: the job itself, or one of few layers with random weights, whose folder is gone.
+        predicted: what was said of it.
         random_weights: whether it was the latter.
     """
 
     measured: Measured
     probed: PlannedJob
+    predicted: PhaseBytes
     random_weights: bool
 
 
-def probe(job: PlannedJob) -> ProbeResult:
-    """Runs the trial in a fresh process; `qft.planning.unseen.record_probe` keeps what it found.
+def probe(job: PlannedJob, predict: Callable[[PlannedJob], PhaseBytes]) -> ProbeResult:
+    """Runs the trial in a fresh process; `qft.planning.unseen.record_step` keeps what it found.
+
+    Args:
+        predict: the training's phase of the job that is probed, which may be of few layers.
 
     Raises:
         QftError: it failed; its last words are told.
@@ -86,9 +92,9 @@ def probe(job: PlannedJob) -> ProbeResult:
     if job.device == "cuda" and not torch.cuda.is_available():
         raise QftError("There is no CUDA device to probe.", fix="qft plan without --probe")
     if has_weights(job.inputs.base):
-        return ProbeResult(_in_a_process(job), job, False)
+        return ProbeResult(_in_a_process(job), job, predict(job), False)
     with shallow_job(job) as shallow:
-        return ProbeResult(_in_a_process(shallow), shallow, True)
+        return ProbeResult(_in_a_process(shallow), shallow, predict(shallow), True)
 
 
 _ANSWER = "probe: "
@@ -119,8 +125,9 @@ def serve() -> None:
 
 def run_here(recipe: Recipe, inputs: Inputs, device: str) -> Measured:
     """The trial in this process, whose libraries are imported and which did nothing else yet."""
-    gauge = Gauge(device)
+    _import_all(recipe)
     job = planned_job(recipe, inputs, device)
+    gauge = Gauge(device)
     model = models.open_model(inputs.base, job.ready.spec, keep=job.ready.needs.full_precision)
     loading = gauge.peak_bytes()
     trial = Trial(model, job)
@@ -135,6 +142,16 @@ def run_here(recipe: Recipe, inputs: Inputs, device: str) -> Measured:
         seconds=seconds,
         flops=sum(reading.flops.values()),
     )
+
+
+def _import_all(recipe: Recipe) -> None:
+    """What a training has imported before it loads a model."""
+    import peft  # noqa: F401
+
+    import qft.training  # noqa: F401
+
+    if recipe.quantize != "none":
+        import bitsandbytes  # type: ignore[import-untyped] # noqa: F401
 
 
 class Gauge:
