@@ -164,6 +164,13 @@ def test_a_device_that_is_not_known_is_not_another():
     assert judged(side(run()), side(unknown), memory="+2%") == [True]
 
 
+def test_peaks_of_different_kinds_are_refused_where_memory_is_bounded():
+    before, after = side(run(peak_kind="resident")), side(run(peak_kind="allocated"))
+    with pytest.raises(RecipeError, match="kinds"):
+        gate(before, after, bounds_of(memory="+2%"))
+    assert judged(before, after, throughput="-5%") == [True]
+
+
 def test_other_commands_and_failed_ones_are_refused():
     bounds = bounds_of(memory="+2%")
     with pytest.raises(RecipeError, match="different kinds"):

@@ -23,6 +23,7 @@ _SAME = {
     "dtype": "other number formats",
     "threads": "another number of threads",
     "settings": "other flags",
+    "peak_kind": "peaks of other kinds",
 }
 _QUOTED = 60  # characters of a value in a warning
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qft.recipe import Recipe
 
 Facts = dict[str, Any]
-MEASURED = ("allocated", "reserved", "resident", "disk")  # bytes at the peak of a phase
+MEASURED = ("allocated", "reserved", "resident", "live", "disk")  # bytes at a phase's peak
 
 # The flags that tell two records of a verb apart; texts a user has typed are not among them.
 SETTINGS: dict[str, tuple[str, ...]] = {
@@ -108,8 +108,7 @@ def of_run(report: Mapping[str, Any]) -> Facts:
     if "mean" in report and "folds" in report:
         return {"metrics": numbers(report["mean"])}
     training = _mapping(report.get("training"))
-    device = report.get("device")
-    seconds, peak = training.get("train_seconds"), training.get("measured_peak_bytes")
+    seconds, memory = training.get("train_seconds"), memory_by_phase(report)
     return {
         **{key: report.get(key) for key in (
             "task", "strategy", "base_fingerprint", "data_fingerprint", "device", "device_name",
@@ -125,12 +124,34 @@ def of_run(report: Mapping[str, Any]) -> Facts:
         "tokens_per_second": _rate(training.get("tokens"), seconds),
         "supervised_items_per_second": _rate(training.get("supervised_items"), seconds),
         "tokens_per_cpu_second": _rate(training.get("tokens"), training.get("train_cpu_seconds")),
-        "peak_bytes": peak,
-        "peak_kind": None if peak is None else "allocated" if device == "cuda" else "resident",
-        "memory": memory_by_phase(report) or None,
+        **_peak(training, memory, report.get("device") == "cuda"),
+        **_predicted_peak(report.get("plan") or training.get("plan")),
+        "memory": memory or None,
         "metrics": numbers(report.get("metrics")) | numbers(
             {"train_loss": training.get("train_loss")}),
     }  # fmt: skip
+
+
+def _peak(training: Mapping[str, Any], memory: Mapping[str, Any], cuda: bool) -> Facts:
+    """The most of all phases, and of what kind: the resident set of a run without its libraries.
+
+    A report that knows no phases tells what the whole process held.
+    """
+    kind = "allocated" if cuda else "resident"
+    most = _most(memory, kind)
+    if most is None:
+        whole = _whole(training.get("measured_peak_bytes"))
+        return {"peak_bytes": whole, "peak_kind": None if whole is None else kind}
+    if not cuda:
+        return {"peak_bytes": most, "peak_kind": "resident above the libraries"}
+    return {"peak_bytes": most, "peak_kind": kind, "process_peak_allocated_bytes": most,
+            "process_peak_reserved_bytes": _most(memory, "reserved")}  # fmt: skip
+
+
+def _most(memory: Mapping[str, Any], kind: str) -> int | None:
+    found = [sides["measured"].get(f"{kind}_bytes") for sides in memory.values()
+             if "measured" in sides]  # fmt: skip
+    return max((value for value in found if value is not None), default=None)
 
 
 def memory_by_phase(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
@@ -157,6 +178,7 @@ def predicted_phases(plan: Any) -> dict[str, dict[str, int]]:
         held = _mapping(one)
         sums = {f"{place}_bytes": _total(held.get(place)) for place in ("device", "host", "disk")}
         sums |= {key: _whole(held.get(key)) for key in sums if sums[key] is None}
+        sums["disk_peak_bytes"] = _whole(held.get("disk_peak", held.get("disk_peak_bytes")))
         values = {key: value for key, value in sums.items() if value is not None}
         if values and isinstance(held.get("phase"), str):
             found[held["phase"]] = values
@@ -235,8 +257,17 @@ def _of_step(row: Mapping[str, Any]) -> Facts:
 
 def _of_plan(plan: Mapping[str, Any]) -> Facts:
     phases = {phase: {"predicted": held} for phase, held in predicted_phases(plan).items()}
-    kept = {key: plan.get(key) for key in ("device", "device_name", "dtype", "fits")}
-    return {**kept, "memory": phases or None}
+    kept = ("device", "device_name", "dtype", "quantize", "task", "fits", "budget_bytes",
+            "parameters", "trained_parameters", "micro_batch", "flops")  # fmt: skip
+    return {**{key: plan.get(key) for key in kept}, **_predicted_peak(plan),
+            "memory": phases or None}  # fmt: skip
+
+
+def _predicted_peak(plan: Any) -> Facts:
+    """What a plan expects the largest phase to take of the device, and between which bounds."""
+    held = _mapping(plan)
+    return {f"predicted_{key}": _whole(held.get(key))
+            for key in ("peak_bytes", "low_bytes", "high_bytes")}  # fmt: skip
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Facts]] = {

@@ -18,6 +18,7 @@ FILE, SECONDS = "file_bytes", "seconds"
 # figure: what it is called, and whether less of it is better
 MEASURES: dict[str, tuple[str, bool]] = {
     PEAK: ("peak memory", True),
+    "predicted_peak_bytes": ("peak memory, predicted", True),
     SPEED: ("tokens/s", False),
     "supervised_items_per_second": ("supervised items/s", False),
     CPU_SPEED: ("tokens a CPU-second", False),

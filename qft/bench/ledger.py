@@ -166,11 +166,11 @@ def _close(done: Recording, ended: BaseException | None, spent: Record, path: Pa
 
 
 def _told(done: Recording, ended: BaseException | None) -> Record:
-    """What recipe and result say; of a verb that failed, what its recipe says."""
+    """What recipe and result say; of a verb that failed before it had one, what its recipe says."""
     told: Record = {}
     if done.recipe is not None:
         told |= facts.of_recipe(done.recipe)
-    if ended is not None:
+    if ended is not None and done.result is None:
         return told
     told |= _of_result(done.verb, done.result)
     if done.written is not None and "file_bytes" not in told:
