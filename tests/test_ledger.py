@@ -407,6 +407,26 @@ def test_both_figures_of_each_phase_are_kept():
     }  # fmt: skip
 
 
+def test_a_plan_that_does_not_fit_is_recorded_with_its_figures(book):
+    """`qft plan` prints its result, and then ends with exit status 3."""
+    plan = {"fits": False, "budget_bytes": 50, "peak_bytes": 60, "low_bytes": 55, "high_bytes": 65,
+            "device": "cuda", "device_name": "A Card",
+            "phases": [{"phase": "train", "device": {"weights": 60}, "disk_peak": 0}]}  # fmt: skip
+
+    def end() -> None:
+        with ledger.recording("plan") as recording:
+            recording.result = plan
+            raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        end()
+    (record,) = lines_of(book)
+    assert record["exit_status"] == 3
+    assert record["predicted_peak_bytes"] == 60
+    assert record["device_name"] == "A Card"
+    assert record["memory"]["train"]["predicted"]["device_bytes"] == 60
+
+
 @pytest.mark.parametrize(
     "plan", [None, 3, [], {}, {"phases": 3}, {"phases": [3, {}, {"phase": 1}]}]
 )
