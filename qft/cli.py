@@ -12,8 +12,10 @@ import typer
 from qft.bench.commands import app as bench
 from qft.bench.recorded import Ledger, RecordedCommand, follow, leave_no_record, made
 from qft.errors import Interrupted, QftError, printable
+from qft.planning.command import plan
 from qft.quiet_libraries import quiet_libraries
-from qft.terminal import Json, Quiet, print_result, print_rows, print_table
+from qft.report.command import report
+from qft.terminal import Json, Quiet, print_lines, print_result, print_rows, print_table
 
 if TYPE_CHECKING:
     from qft.progress import Reporter
@@ -201,6 +203,10 @@ def check(
     print_result(report, as_json, show)
 
 
+app.command(cls=RecordedCommand)(plan)
+app.command()(report)
+
+
 @app.command("eval", cls=RecordedCommand)
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],
@@ -305,7 +311,7 @@ def generate(
         chat=chat,
     )
     rows = [{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)]
-    print_result(rows, as_json, lambda: _plain_texts(texts))
+    print_result(rows, as_json, lambda: print_lines(texts))
 
 
 @app.command()
@@ -754,11 +760,6 @@ def _columns(pairs: list[str] | None) -> dict[str, str | int]:
             raise typer.BadParameter(f"{pair!r} is not role=name")
         columns[role] = int(name) if name.isdigit() else name
     return columns
-
-
-def _plain_texts(texts: list[str]) -> None:
-    for text in texts:
-        print(printable(text))
 
 
 def _show_folds(summary: dict[str, Any]) -> None:

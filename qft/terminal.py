@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from qft.errors import printable
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -30,6 +32,12 @@ def print_json(value: Any) -> None:
     from qft.files import json_ready
 
     print(json.dumps(json_ready(value), indent=2, ensure_ascii=False, default=str))
+
+
+def print_lines(texts: Sequence[str]) -> None:
+    """Texts that may come from elsewhere: nothing in them steers the terminal."""
+    for text in texts:
+        print(printable(text))
 
 
 def print_table(values: dict[str, Any], indent: str = "") -> None:

@@ -1,0 +1,136 @@
+"""What happened: the training over its steps, its memory, its metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from qft.report.figures import (
+    budget_bytes,
+    measured_peaks,
+    memory_chart,
+    plan_chart,
+    training_charts,
+)  # fmt: skip
+from qft.report.markup import said, section, table, tag
+from qft.report.numbers import bytes_text, short
+from qft.report.story import Story, mapping, number
+
+# metrics of which more is better
+_HIGHER_IS_BETTER = re.compile(r"accuracy|f1|precision|recall|exact|bleu|chrf|rouge|corr|r2|auc")
+_LOGGED = 24  # lines of the log in the table of numbers
+
+
+def training(story: Story) -> str:
+    """The charts over the steps."""
+    charts = training_charts(story)
+    return section("Training", figures(charts), _logged(story))
+
+
+def figures(charts: Sequence[str]) -> str | None:
+    """Charts beside one another, where there is room."""
+    if not charts:
+        return None
+    return tag("div", "".join(tag("figure", chart) for chart in charts), "charts")
+
+
+def _logged(story: Story) -> str | None:
+    """The numbers behind the charts, for those who do not see them and those who want them."""
+    lines = [line for line in story.lines if "loss" in line or "eval_loss" in line]
+    if not lines:
+        return None
+    every = max(1, -(-len(lines) // _LOGGED))
+    chosen = [line for n, line in enumerate(lines) if n % every == 0 or line is lines[-1]]
+    keys = [key for key in _COLUMNS if any(key in line for line in chosen)]
+    rows = [[_cell(line, key) for key in ("step", *keys)] for line in chosen]
+    shown = table(rows, ["step", *(_COLUMNS[key] for key in keys)], "numbers")
+    note = f"Every {every}th line of metrics.jsonl." if every > 1 else "All of metrics.jsonl."
+    return tag("details", tag("summary", "The numbers") + shown + tag("p", note, "soft"))
+
+
+_COLUMNS = {
+    "loss": "loss", "eval_loss": "held-out loss", "learning_rate": "learning rate",
+    "grad_norm": "gradient norm", "tokens_per_second": "tokens/s", "micro_batch": "micro-batch",
+    "replays": "replays", "memory_bytes": "memory", "memory_peak_bytes": "peak",
+    "train_seconds": "seconds",
+}  # fmt: skip
+
+
+def _cell(line: Mapping[str, float | None], key: str) -> str:
+    if key not in line:
+        return ""
+    value = line[key]
+    if value is None:
+        return "not finite"
+    if key == "step":
+        return f"{value:,.0f}"
+    if key.startswith("memory"):
+        return bytes_text(value - (line.get("memory_floor_bytes") or 0))
+    return short(value)
+
+
+def memory(story: Story) -> str:
+    """Memory over the steps, the plan's bars, and both as numbers."""
+    charts = [chart for chart in (memory_chart(story), plan_chart(story)) if chart]
+    return section("Memory", figures(charts), _floor_note(story), _plan_table(story))
+
+
+def _floor_note(story: Story) -> str | None:
+    floor = story.last("memory_floor_bytes")
+    if not floor:
+        return None
+    return tag("p", f"Beyond the {bytes_text(floor)} that Python and its libraries take by "
+               "themselves.", "soft")  # fmt: skip
+
+
+def _plan_table(story: Story) -> str | None:
+    if not story.phases:
+        return None
+    measured, rows = measured_peaks(story), []
+    for phase in story.phases:
+        planned = sum(phase.device.values())
+        found = measured.get(phase.phase)
+        beside = f"{bytes_text(found)} ({found / planned - 1:+.1%})" if found and planned else ""
+        if found and not planned:
+            beside = bytes_text(found)
+        host, disk = sum(phase.host.values()), max(phase.disk_peak, sum(phase.disk.values()))
+        amounts = [bytes_text(n) if n else "" for n in (planned, host, disk)]
+        rows.append([said(phase.phase), amounts[0], beside, *amounts[1:], said(phase.note)])
+    names = ["phase", "planned", "measured", "host", "disk", ""]
+    kept = [n for n in range(len(names)) if n == 0 or any(row[n] for row in rows)]
+    shown = table(
+        [[row[n] for n in kept] for row in rows], [names[n] for n in kept], "numbers plan"
+    )
+    budget = budget_bytes(story)
+    limit = tag("p", f"The budget was {bytes_text(budget)}.", "soft") if budget else ""
+    return shown + limit
+
+
+def metrics(story: Story) -> str:
+    """Held-out metrics: first, best and last."""
+    final = {k: number(v) for k, v in mapping(story.run.get("metrics")).items()}
+    before = mapping(story.run.get("metrics_before"))
+    rows = []
+    for name in list(dict.fromkeys([*final, *story.held_out]))[:40]:
+        if name in ("runtime", "samples_per_second", "steps_per_second"):
+            continue
+        seen = [(y, step) for step, y in story.held_out.get(name, []) if y is not None]
+        last = final.get(name)
+        last = seen[-1][0] if last is None and seen else last
+        if last is None:
+            continue
+        start = number(before.get(name))
+        was = "" if start is None else short(start)
+        in_the_end = tag("strong", short(last))
+        rows.append([said(name.replace("_", " ")), was, *_seen(name, seen), in_the_end])
+    names = ["metric", "before training", "first measured", "best", "in the end"]
+    kept = [n for n in range(len(names)) if n in (0, 4) or any(row[n] for row in rows)]
+    shown = table([[row[n] for n in kept] for row in rows], [names[n] for n in kept], "numbers")
+    return section("Held-out metrics", shown or None)
+
+
+def _seen(name: str, seen: Sequence[tuple[float, float]]) -> list[str]:
+    if len(seen) < 2:
+        return ["", ""]
+    better = max if _HIGHER_IS_BETTER.search(name) else min
+    return [f"{short(y)} (step {short(step)})" for y, step in (seen[0], better(seen))]
