@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qft.bench.facts import number_in, numbers
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.progress import human_bytes
 
 METRIC = "metric."  # before the name of one; `metrics` of a record holds them

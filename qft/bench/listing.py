@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from qft.bench.figures import FILE, METRIC, PEAK, SECONDS, SPEED, figures_of, shown
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.bench.table import label_of
 
 HEADS = ("number", "time", "what", "model", "device", "peak", "tokens/s", "metric", "file",
