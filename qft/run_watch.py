@@ -158,7 +158,7 @@ class RunWatch(TrainerCallback, ExportableState):
             "train_seconds": self.seconds,
             "tokens": self.tokens,
             "supervised_items": self.items,
-            "micro_batch": self._trainer.micro_batch,
+            "micro_batch": self._trainer.micro_batch.examples,
             "replays": self.replays,
             "memory_bytes": now,
             "memory_peak_bytes": peak,
