@@ -104,12 +104,12 @@ def _cpu_says(*keys: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """The model of the GPU, or of the CPU; nothing of a GPU that is not there."""
+    """The card's or the processor's own name; ``cuda`` where there is no card."""
     if device == "cuda":
         import torch
 
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return _cpu_says("model name") or platform.processor() or platform.machine()
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    return _cpu_says("model name") or platform.processor() or device
 
 
 def resident_bytes() -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from qft.bench import ledger, repeat, table
+from qft.bench import ledger, ledger_file, repeat, table
 from qft.bench.compare import compare, warnings
 from qft.bench.figures import figures_of, less_is_better, medians
 from qft.bench.gate import bounds_of, gate
@@ -164,6 +164,13 @@ def test_a_device_that_is_not_known_is_not_another():
     assert judged(side(run()), side(unknown), memory="+2%") == [True]
 
 
+def test_peaks_of_different_kinds_are_refused_where_memory_is_bounded():
+    before, after = side(run(peak_kind="resident")), side(run(peak_kind="allocated"))
+    with pytest.raises(RecipeError, match="kinds"):
+        gate(before, after, bounds_of(memory="+2%"))
+    assert judged(before, after, throughput="-5%") == [True]
+
+
 def test_other_commands_and_failed_ones_are_refused():
     bounds = bounds_of(memory="+2%")
     with pytest.raises(RecipeError, match="different kinds"):
@@ -177,7 +184,7 @@ def test_other_commands_and_failed_ones_are_refused():
 
 
 def test_records_by_number_id_and_newness(book):
-    written = [ledger.append(run(id=f"r00000{n}"), book) for n in range(1, 6)]
+    written = [ledger_file.append(run(id=f"r00000{n}"), book) for n in range(1, 6)]
     shelf = Shelf()
 
     def numbers(word: str) -> list[int]:
@@ -198,7 +205,7 @@ def test_records_by_number_id_and_newness(book):
 )  # fmt: skip
 def test_what_names_no_record_is_an_error(book, word):
     for n in range(1, 6):
-        ledger.append(run(id=f"r00000{n}"), book)
+        ledger_file.append(run(id=f"r00000{n}"), book)
     with pytest.raises(RecipeError):
         Shelf().side(word)
 
@@ -289,8 +296,8 @@ def test_single_runs_and_mixed_sides_are_said():
 
 
 def test_the_gate_ends_with_its_exit_status(book):
-    ledger.append(run(), book)
-    ledger.append(run(peak_bytes=1010 * MIB, tokens_per_second=150.0), book)
+    ledger_file.append(run(), book)
+    ledger_file.append(run(peak_bytes=1010 * MIB, tokens_per_second=150.0), book)
     passed = qft("bench", "gate", "1", "2", "--memory", "+2%")
     assert passed.exit_code == 0
     assert "+1.00%" in passed.stdout
@@ -308,7 +315,7 @@ def test_the_gate_ends_with_its_exit_status(book):
 
 def test_a_saved_list_is_a_baseline(book, tmp_path):
     for _ in range(3):
-        ledger.append(run(), book)
+        ledger_file.append(run(), book)
     saved = tmp_path / "baseline.json"
     saved.write_text(qft("bench", "ledger", "--limit", 3, "--json").stdout)
     assert qft("bench", "gate", saved, "last:3", "--memory", "+0%").exit_code == 0
@@ -389,8 +396,8 @@ def test_the_metric_goes_by_its_name():
 
 def test_the_table_in_markdown_cannot_be_broken_by_a_name(book):
     for record in methods():
-        ledger.append(record, book)
-    ledger.append(run(model="a|b\n<script>*"), book)
+        ledger_file.append(record, book)
+    ledger_file.append(run(model="a|b\n<script>*"), book)
     shown = qft("bench", "table", "--markdown", "--metric", "accuracy")
     assert shown.exit_code == 0
     lines = [line for line in shown.stdout.splitlines() if line.startswith("|")]
@@ -412,7 +419,7 @@ def test_pictures_can_be_read(book, tmp_path):
     from PIL import Image
 
     for n, record in enumerate(methods()):
-        ledger.append(
+        ledger_file.append(
             {**record, "model": "$x_1$", "time": f"2026-01-0{n + 1}T00:00:00+00:00"}, book
         )
     for kind in ((), ("--history",)):
@@ -432,10 +439,10 @@ def test_pictures_can_be_read(book, tmp_path):
 def test_what_cannot_be_drawn_leaves_the_former_picture(book, tmp_path):
     former = tmp_path / "plot.png"
     former.write_bytes(b"former")
-    ledger.append({"verb": "train", "exit_status": 0}, book)
+    ledger_file.append({"verb": "train", "exit_status": 0}, book)
     for words in ((), ("--history",), ("--history", "--metric", "f1")):
         assert isinstance(qft("bench", "plot", "-o", former, *words).exception, RecipeError)
-    ledger.append(run(), book)
+    ledger_file.append(run(), book)
     assert isinstance(qft("bench", "plot", "-o", tmp_path / "x.pdf").exception, RecipeError)
     nowhere = qft("bench", "plot", "-o", tmp_path / "none" / "x.png")
     assert nowhere.exit_code != 0
@@ -451,13 +458,13 @@ RECIPE = "model: m\ntask: text\ndata: {train: x.jsonl}\nstrategy: lora\noutput: 
 def test_trainings_are_repeated_in_processes_of_their_own(book, tmp_path, monkeypatch):
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
-    ledger.append(run(), book)
+    ledger_file.append(run(), book)
     started = []
 
     def stand_in(command: list[str], **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
         started.append(command)
-        ledger.append(run(peak_bytes=len(started) * MIB), Path(command[-1]))
-        ledger.append(run(), book)  # somebody else's, at the same time
+        ledger_file.append(run(peak_bytes=len(started) * MIB), Path(command[-1]))
+        ledger_file.append(run(), book)  # somebody else's, at the same time
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", stand_in)
@@ -468,7 +475,7 @@ def test_trainings_are_repeated_in_processes_of_their_own(book, tmp_path, monkey
     assert len({word for c in started for word in c if word.startswith("output=")}) == 1
     shown = qft("bench", "train", path, "--repeat", 1)
     assert "records 9" in shown.stdout
-    assert [r["number"] for r in ledger.read(book)[0]] == list(range(1, 10))
+    assert [r["number"] for r in ledger_file.read(book)[0]] == list(range(1, 10))
 
 
 def test_a_training_that_fails_ends_the_measuring(book, tmp_path, monkeypatch):

@@ -97,7 +97,8 @@ _PLACES = """
     export.format_table export.right_base export.calibration export.beside export.place
     export.proven export.delivery export healing
     demo.docstrings demo.job
-    bench.scrubbing bench.facts bench.ledger bench.recorded terminal
+    bench.scrubbing bench.facts bench.flags bench.ledger_file bench.ledger bench.recorded
+    terminal
     bench.figures bench.sides bench.compare bench.gate bench.table bench.listing bench.plots
     bench.repeat bench.commands
     cli

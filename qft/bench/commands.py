@@ -14,7 +14,7 @@ from qft.errors import printable
 from qft.terminal import Json, Quiet, print_json, print_result, print_rows, print_table
 
 if TYPE_CHECKING:
-    from qft.bench.ledger import Record
+    from qft.bench.ledger_file import Record
 
 app = typer.Typer(no_args_is_help=True, help="Memory and throughput, measured and kept.")
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qft.bench.figures import Figure, medians, ratio, shown, title
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.bench.sides import Side, require_done
 
 # fact: what is said where the sides differ in it
@@ -23,6 +23,7 @@ _SAME = {
     "dtype": "other number formats",
     "threads": "another number of threads",
     "settings": "other flags",
+    "peak_kind": "peaks of other kinds",
 }
 _QUOTED = 60  # characters of a value in a warning
 

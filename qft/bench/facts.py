@@ -10,61 +10,15 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qft.bench.scrubbing import name_of
-from qft.files import read_json
 
 if TYPE_CHECKING:
     from qft.recipe import Recipe
 
 Facts = dict[str, Any]
-MEASURED = ("allocated", "reserved", "resident", "disk")  # bytes at the peak of a phase
-
-# The flags that tell two records of a verb apart; texts a user has typed are not among them.
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "train": ("resume", "folds"),
-    "eval": ("task", "max_length", "limit", "dtype", "generate", "max_new_tokens", "micro_batch"),
-    "generate": ("max_new_tokens", "temperature", "top_p", "seed", "raw", "dtype"),
-    "merge": ("base", "dtype", "verify", "method", "weights", "density", "majority_sign",
-              "svd_rank", "space", "adapter_only"),
-    "export": ("format", "fuse", "verify", "calibrate", "calibration_rows"),
-    "verify": ("task", "format", "limit", "layer_by_layer"),
-    "prune": ("method", "ratio", "pattern", "params", "size", "layers", "width", "importance",
-              "multiple_of", "calibration_rows", "max_length", "dtype", "dry_run"),
-    "bench step": ("shape", "length", "batch", "rank", "quantize", "checkpointing", "offload",
-                   "optimizer", "labels", "option", "plain"),
-    "plan": ("memory", "max_length", "maximize", "probe", "device"),
-}  # fmt: skip
-
-
-def settings_of_command(verb: str, words: Mapping[str, Any]) -> Facts:
-    """What the flags of a command say, where they say anything."""
-    return {key: words[key] for key in SETTINGS.get(verb, ())
-            if words.get(key) not in (None, False, [], ())}  # fmt: skip
-
-
-def source_of_command(words: Mapping[str, Any]) -> Facts:
-    """The name of what a command works on; of a run, also what was trained in it, and how."""
-    for key in ("source", "sources", "reference", "shape", "model"):
-        found = words.get(key)
-        if found:
-            names = [str(one) for one in (found if isinstance(found, (list, tuple)) else [found])]
-            told = {"model": ", ".join(name_of(name) for name in names)}
-            return told | (_of_source(Path(names[0])) if len(names) == 1 else {})
-    return {}
-
-
-def _of_source(folder: Path) -> Facts:
-    """What a run folder says of itself; a broken one is the command's to complain of."""
-    try:
-        report = _mapping(read_json(folder / "run.json"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    kept = ("task", "strategy", "base_fingerprint", "data_fingerprint")
-    told = {key: report[key] for key in kept if report.get(key) is not None}
-    return {"source": folder.resolve().name, "model": report.get("base"), **told}
+MEASURED = ("allocated", "reserved", "resident", "live", "disk")  # bytes at a phase's peak
 
 
 def of_recipe(recipe: Recipe) -> Facts:
@@ -107,15 +61,14 @@ def of_run(report: Mapping[str, Any]) -> Facts:
     """Of a training's report, which is what run.json holds."""
     if "mean" in report and "folds" in report:
         return {"metrics": numbers(report["mean"])}
-    training = _mapping(report.get("training"))
-    device = report.get("device")
-    seconds, peak = training.get("train_seconds"), training.get("measured_peak_bytes")
+    training = mapping(report.get("training"))
+    seconds, memory = training.get("train_seconds"), memory_by_phase(report)
     return {
         **{key: report.get(key) for key in (
             "task", "strategy", "base_fingerprint", "data_fingerprint", "device", "device_name",
             "dtype", "quantize", "parameters", "trained_parameters", "versions")},
         "model": report.get("base"),
-        "method": _mapping(report.get("strategy")).get("name"),
+        "method": mapping(report.get("strategy")).get("name"),
         "steps": training.get("steps"),
         "micro_batch": training.get("micro_batch"),
         "replays": training.get("replays"),
@@ -125,23 +78,45 @@ def of_run(report: Mapping[str, Any]) -> Facts:
         "tokens_per_second": _rate(training.get("tokens"), seconds),
         "supervised_items_per_second": _rate(training.get("supervised_items"), seconds),
         "tokens_per_cpu_second": _rate(training.get("tokens"), training.get("train_cpu_seconds")),
-        "peak_bytes": peak,
-        "peak_kind": None if peak is None else "allocated" if device == "cuda" else "resident",
-        "memory": memory_by_phase(report) or None,
+        **_peak(training, memory, report.get("device") == "cuda"),
+        **_predicted_peak(report.get("plan") or training.get("plan")),
+        "memory": memory or None,
         "metrics": numbers(report.get("metrics")) | numbers(
             {"train_loss": training.get("train_loss")}),
     }  # fmt: skip
 
 
+def _peak(training: Mapping[str, Any], memory: Mapping[str, Any], cuda: bool) -> Facts:
+    """The most of all phases, and of what kind: the resident set of a run without its libraries.
+
+    A report that knows no phases tells what the whole process held.
+    """
+    kind = "allocated" if cuda else "resident"
+    most = _most(memory, kind)
+    if most is None:
+        whole = _whole(training.get("measured_peak_bytes"))
+        return {"peak_bytes": whole, "peak_kind": None if whole is None else kind}
+    if not cuda:
+        return {"peak_bytes": most, "peak_kind": "resident above the libraries"}
+    return {"peak_bytes": most, "peak_kind": kind, "process_peak_allocated_bytes": most,
+            "process_peak_reserved_bytes": _most(memory, "reserved")}  # fmt: skip
+
+
+def _most(memory: Mapping[str, Any], kind: str) -> int | None:
+    found = [sides["measured"].get(f"{kind}_bytes") for sides in memory.values()
+             if "measured" in sides]  # fmt: skip
+    return max((value for value in found if value is not None), default=None)
+
+
 def memory_by_phase(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, int]]]:
     """Predicted and measured bytes of each phase, as far as a report knows them."""
     found: dict[str, dict[str, dict[str, int]]] = {}
-    training = _mapping(report.get("training"))
+    training = mapping(report.get("training"))
     for phase, values in predicted_phases(report.get("plan") or training.get("plan")).items():
         found.setdefault(phase, {})["predicted"] = values
-    measured = _mapping(training.get("measured") or report.get("measured"))
+    measured = mapping(training.get("measured") or report.get("measured"))
     for phase, held in measured.items():
-        values = _measured(_mapping(held))
+        values = _measured(mapping(held))
         if values:
             found.setdefault(str(phase), {})["measured"] = values
     return found
@@ -149,14 +124,15 @@ def memory_by_phase(report: Mapping[str, Any]) -> dict[str, dict[str, dict[str, 
 
 def predicted_phases(plan: Any) -> dict[str, dict[str, int]]:
     """A plan's bytes by phase: on the device, on the host, on the disk."""
-    phases = _mapping(plan).get("phases")
+    phases = mapping(plan).get("phases")
     if isinstance(phases, Mapping):
-        phases = [{"phase": name, **_mapping(held)} for name, held in phases.items()]
+        phases = [{"phase": name, **mapping(held)} for name, held in phases.items()]
     found = {}
     for one in phases if isinstance(phases, list) else []:
-        held = _mapping(one)
+        held = mapping(one)
         sums = {f"{place}_bytes": _total(held.get(place)) for place in ("device", "host", "disk")}
         sums |= {key: _whole(held.get(key)) for key in sums if sums[key] is None}
+        sums["disk_peak_bytes"] = _whole(held.get("disk_peak", held.get("disk_peak_bytes")))
         values = {key: value for key, value in sums.items() if value is not None}
         if values and isinstance(held.get("phase"), str):
             found[held["phase"]] = values
@@ -177,11 +153,11 @@ def _of_metrics(result: Mapping[str, Any]) -> Facts:
 
 
 def _of_delivery(report: Mapping[str, Any]) -> Facts:
-    base = _mapping(report.get("base"))
+    base = mapping(report.get("base"))
     return {
         "file_bytes": _whole(report.get("bytes")),
         "onto": base.get("onto"),
-        **_of_verification(_mapping(report.get("verification"))),
+        **_of_verification(mapping(report.get("verification"))),
     }
 
 
@@ -193,8 +169,8 @@ def _of_verification(report: Mapping[str, Any]) -> Facts:
 
 
 def _of_pruning(result: Mapping[str, Any]) -> Facts:
-    source, after = _mapping(result.get("source")), _mapping(result.get("after"))
-    quality = _mapping(result.get("quality"))
+    source, after = mapping(result.get("source")), mapping(result.get("after"))
+    quality = mapping(result.get("quality"))
     before = {f"unpruned_{k}": v for k, v in numbers(quality.get("before")).items()}
     figures = numbers(quality.get("after")) | numbers({"mean_kl": quality.get("mean_kl")}) | before
     return {
@@ -213,10 +189,10 @@ def _of_teaching(report: Mapping[str, Any]) -> Facts:
 
 
 def _of_healing(result: Mapping[str, Any]) -> Facts:
-    healed = _mapping(result.get("healed"))
+    healed = mapping(result.get("healed"))
     figures = numbers(healed.get("metrics"))
     for name in ("unpruned", "pruned"):
-        told = numbers(_mapping(result.get(name)).get("metrics"))
+        told = numbers(mapping(result.get(name)).get("metrics"))
         figures |= {f"{name}_{key}": value for key, value in told.items()}
     return {"parameters": _whole(healed.get("parameters")),
             "file_bytes": _whole(healed.get("bytes")), "metrics": figures or None}  # fmt: skip
@@ -235,8 +211,17 @@ def _of_step(row: Mapping[str, Any]) -> Facts:
 
 def _of_plan(plan: Mapping[str, Any]) -> Facts:
     phases = {phase: {"predicted": held} for phase, held in predicted_phases(plan).items()}
-    kept = {key: plan.get(key) for key in ("device", "device_name", "dtype", "fits")}
-    return {**kept, "memory": phases or None}
+    kept = ("device", "device_name", "dtype", "quantize", "task", "fits", "budget_bytes",
+            "parameters", "trained_parameters", "micro_batch", "flops")  # fmt: skip
+    return {**{key: plan.get(key) for key in kept}, **_predicted_peak(plan),
+            "memory": phases or None}  # fmt: skip
+
+
+def _predicted_peak(plan: Any) -> Facts:
+    """What a plan expects the largest phase to take of the device, and between which bounds."""
+    held = mapping(plan)
+    return {f"predicted_{key}": _whole(held.get(key))
+            for key in ("peak_bytes", "low_bytes", "high_bytes")}  # fmt: skip
 
 
 READERS: dict[str, Callable[[Mapping[str, Any]], Facts]] = {
@@ -257,7 +242,7 @@ READERS: dict[str, Callable[[Mapping[str, Any]], Facts]] = {
 def numbers(values: Any) -> dict[str, float]:
     """The finite numbers among a mapping's values."""
     found = {}
-    for key, value in _mapping(values).items():
+    for key, value in mapping(values).items():
         number = number_in(value)
         if number is not None:
             found[str(key)] = number
@@ -275,7 +260,8 @@ def number_in(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _mapping(value: Any) -> Mapping[str, Any]:
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
 
 

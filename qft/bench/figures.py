@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qft.bench.facts import number_in, numbers
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.progress import human_bytes
 
 METRIC = "metric."  # before the name of one; `metrics` of a record holds them
@@ -18,6 +18,7 @@ FILE, SECONDS = "file_bytes", "seconds"
 # figure: what it is called, and whether less of it is better
 MEASURES: dict[str, tuple[str, bool]] = {
     PEAK: ("peak memory", True),
+    "predicted_peak_bytes": ("peak memory, predicted", True),
     SPEED: ("tokens/s", False),
     "supervised_items_per_second": ("supervised items/s", False),
     CPU_SPEED: ("tokens a CPU-second", False),

@@ -147,6 +147,10 @@ def gate(
             found=next(w for w in warnings(baseline, candidate) if w.startswith("other devices")),
             fix="measure both on one device, or --any-device",
         )
+    if different(baseline, candidate, "peak_kind") and any(b.name == PEAK for b in bounds):
+        raise RecipeError("The two peaks are of different kinds.", where="--memory",
+                          found=next(w for w in warnings(baseline, candidate) if "kinds" in w),
+                          fix="measure both by one version of qft")  # fmt: skip
     return [_check(baseline, candidate, bound) for bound in bounds]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from qft.bench.figures import FILE, METRIC, PEAK, SECONDS, SPEED, figures_of, shown
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.bench.table import label_of
 
 HEADS = ("number", "time", "what", "model", "device", "peak", "tokens/s", "metric", "file",
@@ -51,8 +51,9 @@ def _metric(figures: dict[str, float]) -> str:
 
 
 def _predicted(figures: dict[str, float]) -> str:
-    """Of a command that only foresees: the largest phase."""
-    names = [name for name in figures if name.endswith(".predicted.device_bytes")]
+    """Of a command that only foresees: its peak, or the largest phase's."""
+    names = [name for name in figures if name == "predicted_peak_bytes"
+             or name.endswith(".predicted.device_bytes")]  # fmt: skip
     most = max(names, key=lambda name: figures[name], default=None)
     return f"~{shown(most, figures[most])}" if most else ""
 

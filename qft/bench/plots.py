@@ -12,7 +12,7 @@ from typing import Any
 
 from qft.bench.facts import number_in
 from qft.bench.figures import CPU_SPEED, METRIC, PEAK, SPEED, Figure, figures_of, title
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.bench.table import Table, label_of
 from qft.errors import RecipeError, printable
 from qft.files import explain_write_errors

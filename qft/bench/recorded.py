@@ -22,7 +22,7 @@ class RecordedCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command within a recording."""
-        from qft.bench.facts import settings_of_command, source_of_command
+        from qft.bench.flags import settings_of_command, source_of_command
         from qft.bench.ledger import recording
 
         verb = _verb_of(ctx)

@@ -8,7 +8,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qft.bench.ledger import Record, append, ledger_path, read
+from qft.bench.ledger import ledger_path
+from qft.bench.ledger_file import Record, append, read
 from qft.errors import QftError, RecipeError
 from qft.progress import QUIET, Reporter
 from qft.recipe import load_recipe

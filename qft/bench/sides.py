@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from qft.bench import facts
-from qft.bench.ledger import Record, is_record, ledger_path, read
+from qft.bench.ledger import ledger_path
+from qft.bench.ledger_file import Record, is_record, read
 from qft.errors import RecipeError, first_line
 
 RUN = "run.json"

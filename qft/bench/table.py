@@ -23,7 +23,7 @@ from qft.bench.figures import (
     shown,
     title,
 )  # fmt: skip
-from qft.bench.ledger import Record
+from qft.bench.ledger_file import Record
 from qft.bench.sides import one_value
 from qft.errors import RecipeError, printable
 
