@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from qft.report.figures import (
     budget_bytes,
@@ -14,7 +14,7 @@ from qft.report.figures import (
 )  # fmt: skip
 from qft.report.markup import said, section, table, tag
 from qft.report.numbers import bytes_text, short
-from qft.report.story import Story, mapping, number
+from qft.report.story import Line, Story, mapping, number
 
 # metrics of which more is better
 _HIGHER_IS_BETTER = re.compile(r"accuracy|f1|precision|recall|exact|bleu|chrf|rouge|corr|r2|auc")
@@ -36,16 +36,31 @@ def figures(charts: Sequence[str]) -> str | None:
 
 def _logged(story: Story) -> str | None:
     """The numbers behind the charts, for those who do not see them and those who want them."""
-    lines = [line for line in story.lines if "loss" in line or "eval_loss" in line]
-    if not lines:
+    steps = _by_step(story)
+    if not steps:
         return None
-    every = max(1, -(-len(lines) // _LOGGED))
-    chosen = [line for n, line in enumerate(lines) if n % every == 0 or line is lines[-1]]
+    every = max(1, -(-len(steps) // _LOGGED))
+    last = steps[-1]
+    chosen = [line for n, line in enumerate(steps, 1) if n % every == 0 or line is last]
+    measured = [line for line in steps if "eval_loss" in line and line not in chosen]
+    if len(measured) <= _LOGGED:
+        chosen = sorted([*chosen, *measured], key=lambda line: line["step"] or 0)
     keys = [key for key in _COLUMNS if any(key in line for line in chosen)]
     rows = [[_cell(line, key) for key in ("step", *keys)] for line in chosen]
     shown = table(rows, ["step", *(_COLUMNS[key] for key in keys)], "numbers")
-    note = f"Every {every}th line of metrics.jsonl." if every > 1 else "All of metrics.jsonl."
-    return tag("details", tag("summary", "The numbers") + shown + tag("p", note, "soft"))
+    note = f"{len(rows)} of {len(steps):,} logged steps; metrics.jsonl has them all."
+    more = tag("p", note, "soft") if len(rows) < len(steps) else ""
+    return tag("details", tag("summary", "The numbers") + shown + more)
+
+
+def _by_step(story: Story) -> list[Line]:
+    """What was logged, a line a step: an evaluation has one of its own in the log."""
+    found: dict[float, Line] = {}
+    for line in story.lines:
+        if "loss" in line or "eval_loss" in line:
+            step = line["step"] or 0
+            found[step] = {**found.get(step, {}), **line}
+    return list(found.values())
 
 
 _COLUMNS = {
@@ -56,7 +71,7 @@ _COLUMNS = {
 }  # fmt: skip
 
 
-def _cell(line: Mapping[str, float | None], key: str) -> str:
+def _cell(line: Line, key: str) -> str:
     if key not in line:
         return ""
     value = line[key]
