@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,12 @@ from qft import hardware
 from qft.errors import QftError
 from qft.files import explain_write_errors, json_ready, write_text
 from qft.progress import Bar, Reporter, human_bytes
+from qft.step import StepResult
 from qft.trainer import StepTrainer
 
-_COUNTS = ("seconds", "cpu_seconds", "tokens", "items", "replays")
+_COUNTS = ("seconds", "cpu_seconds", "tokens", "items", "replays", "shortages")
+_COMPARED = 5  # steps after which the rate is compared with the one before a change
+_FALLEN = 0.05  # share of the rate whose loss is worth a line
 
 
 class RunWatch(TrainerCallback, ExportableState):
@@ -52,6 +56,9 @@ class RunWatch(TrainerCallback, ExportableState):
         self.items = 0
         self.replays = 0
         self._logged = (0.0, 0, 0)  # seconds, tokens and items at the line before
+        self.shortages: list[dict[str, Any]] = []  # of memory: the step, and what was done
+        self._rate_before = 0.0  # tokens a second before the last change
+        self._since: list[float] = []  # of the clean steps since then
         self.stop_asked = False
 
     def state(self) -> dict[str, Any]:
@@ -90,12 +97,7 @@ class RunWatch(TrainerCallback, ExportableState):
         self.cpu_seconds += time.process_time() - self._cpu_started
         self.tokens += result.tokens
         self.items += result.items
-        if result.replays:
-            self.replays += result.replays
-            self._reporter.say(
-                f"step {state.global_step}: out of memory, micro-batch is now "
-                f"{result.micro_batch}; the same samples were replayed"
-            )
+        self._say_shortages(state.global_step, result, time.monotonic() - self._started)
         now, peak = hardware.device_memory(self._device)
         self._bar.update(
             state.global_step,
@@ -105,6 +107,32 @@ class RunWatch(TrainerCallback, ExportableState):
         if self.stop_asked:
             control.should_save = True
             control.should_training_stop = True
+
+    def _say_shortages(self, step: int, result: StepResult, seconds: float) -> None:
+        """What had to change for lack of memory, and some steps later what that costs."""
+        for sentence in self._trainer.changes:
+            self.shortages.append({"step": step, "what": sentence})
+            self._reporter.say(f"step {step}: {sentence}; the same samples were replayed")
+        self.replays += result.replays
+        rate = result.tokens / max(seconds, 1e-9)
+        if result.replays:
+            if not self._since:
+                self._rate_before = (self.tokens - result.tokens) / max(
+                    self.seconds - seconds, 1e-9
+                )
+            self._since = [0.0]
+            return
+        if not self._since:
+            return
+        self._since.append(rate)
+        if len(self._since) > _COMPARED:
+            now = statistics.median(self._since[1:])
+            self._since = []
+            if now < (1 - _FALLEN) * self._rate_before:
+                self._reporter.say(
+                    f"step {step}: {now:.0f} tokens/s since the change, "
+                    f"{self._rate_before:.0f} before: {1 - now / self._rate_before:.0%} slower"
+                )
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any

@@ -26,6 +26,7 @@ _PLACES = """
     report.escaping report.numbers report.drawing report.bars report.lines report.story
     report.figures report.markup report.heading report.outcome report.particulars report.style
     report.page report.command
+    random_state out_of_memory micro_batch phase_peaks
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
@@ -40,10 +41,11 @@ _PLACES = """
     data.tagging data.embed data.packing
     data.augment data.splits data.tasks data.preflight inputs report.samples shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
-    attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
+    attention_interface preparation bench.shapes bench.fake_model bench.step bench.step_words
     task_loss distillation.lessons distillation.teachers distillation.matching
     distillation.heads distillation.live distillation.supply
-    budget step token_batches checkpoints run_folder first_step trainer run_watch
+    budget enforcement step rehearsal token_batches checkpoints run_folder first_step schedule
+    trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     generation distillation.own_texts distillation.distilled_loss
@@ -61,7 +63,9 @@ _PLACES = """
     pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
-    readiness planning.amounts planning.job planning.fake_training checking training folds
+    readiness planning.amounts planning.job planning.fake_training
+    planning.opening planning.changes planning.crossing planning.solver checking fitting
+    training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
@@ -85,6 +89,9 @@ _PLACES = """
     export.format_table export.right_base export.calibration export.beside export.place
     export.proven export.delivery export healing
     demo.docstrings demo.job
+    bench.scrubbing bench.facts bench.ledger bench.recorded terminal
+    bench.figures bench.sides bench.compare bench.gate bench.table bench.listing bench.plots
+    bench.repeat bench.commands
     cli
 """
 ORDER = _PLACES.split()

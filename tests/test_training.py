@@ -25,7 +25,8 @@ from qft.checkpoints import list_checkpoints
 from qft.errors import RecipeError
 from qft.models import ModelSpec, open_model
 from qft.recipe import Train
-from qft.trainer import Job, StepTrainer, schedule_factor
+from qft.schedule import schedule_factor
+from qft.trainer import Job, StepTrainer
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(10)]
 

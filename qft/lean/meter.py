@@ -105,9 +105,12 @@ class _Log:
     """What happened, in order; kept apart from the meter, so that callbacks hold no mode alive."""
 
     events: list[tuple[_Storage, int]] = field(default_factory=list)  # and the change in bytes
+    device_bytes: int = 0  # alive now
 
     def add(self, storage: _Storage, change: int) -> None:
         self.events.append((storage, change))
+        if storage.on_device:
+            self.device_bytes += change
 
 
 class Meter(TorchDispatchMode):
@@ -119,6 +122,7 @@ class Meter(TorchDispatchMode):
         optimizer: its states count from the beginning.
         device: which device is metered (a type, such as ``cuda``); all others are the host.
             None is the model's.
+        ceiling: bytes on the device beyond which an operation raises ``torch.OutOfMemoryError``.
     """
 
     def __init__(
@@ -126,8 +130,10 @@ class Meter(TorchDispatchMode):
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
         device: str | None = None,
+        ceiling: int | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._ceiling = ceiling
         self._model, self._optimizer, self._device = model, optimizer, device
         if device is None and model is not None:
             self._device = _device_of(model)
@@ -183,6 +189,10 @@ class Meter(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._see(value, None)
         self._flops[self._phase] += _flops(func, args, kwargs, result)
+        if self._ceiling is not None and self._log.device_bytes > self._ceiling:
+            raise torch.OutOfMemoryError(
+                f"{self._log.device_bytes:,} bytes of tensors, {self._ceiling:,} are allowed"
+            )
         return result
 
     def reading(self) -> Reading:
