@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qft.report.figures import (
     budget_bytes,
@@ -14,7 +14,7 @@ from qft.report.figures import (
 )  # fmt: skip
 from qft.report.markup import said, section, table, tag
 from qft.report.numbers import bytes_text, short
-from qft.report.story import Line, Story, mapping, number
+from qft.report.story import Line, PhaseAmounts, Story, mapping, number
 
 # metrics of which more is better
 _HIGHER_IS_BETTER = re.compile(r"accuracy|f1|precision|recall|exact|bleu|chrf|rouge|corr|r2|auc")
@@ -99,26 +99,37 @@ def _floor_note(story: Story) -> str | None:
 
 
 def _plan_table(story: Story) -> str | None:
-    if not story.phases:
-        return None
-    measured, rows = measured_peaks(story), []
-    for phase in story.phases:
-        planned = sum(phase.device.values())
-        found = measured.get(phase.phase)
-        beside = f"{bytes_text(found)} ({found / planned - 1:+.1%})" if found and planned else ""
-        if found and not planned:
-            beside = bytes_text(found)
-        host, disk = sum(phase.host.values()), max(phase.disk_peak, sum(phase.disk.values()))
-        amounts = [bytes_text(n) if n else "" for n in (planned, host, disk)]
-        rows.append([said(phase.phase), amounts[0], beside, *amounts[1:], said(phase.note)])
-    names = ["phase", "planned", "measured", "host", "disk", ""]
+    """Each phase as planned and as measured."""
+    peaks, planned = measured_peaks(story), {p.phase: p for p in story.phases}
+    rows = [
+        _phase_row(name, planned.get(name), peaks.get(name), story.measured.get(name, {}))
+        for name in dict.fromkeys([*planned, *story.measured])
+    ]
+    names = ["phase", "planned", "measured", "of it tensors", "host", "disk", ""]
     kept = [n for n in range(len(names)) if n == 0 or any(row[n] for row in rows)]
+    if len(kept) < 2:
+        return None
     shown = table(
         [[row[n] for n in kept] for row in rows], [names[n] for n in kept], "numbers plan"
     )
     budget = budget_bytes(story)
     limit = tag("p", f"The budget was {bytes_text(budget)}.", "soft") if budget else ""
     return shown + limit
+
+
+def _phase_row(
+    name: str, planned: PhaseAmounts | None, peak: int | None, seen: Mapping[str, float]
+) -> list[str]:
+    phase = planned or PhaseAmounts(name)
+    expected = sum(phase.device.values())
+    beside = bytes_text(peak) if peak else ""
+    if peak and expected:
+        beside += f" ({peak / expected - 1:+.1%})"
+    tensors = seen.get("allocated_bytes") or seen.get("live_bytes") or 0
+    disk = max(phase.disk_peak, sum(phase.disk.values()))
+    host = sum(phase.host.values())
+    told = [bytes_text(n) if n else "" for n in (tensors, host, disk)]
+    return [said(name), bytes_text(expected) if expected else "", beside, *told, said(phase.note)]
 
 
 def metrics(story: Story) -> str:
