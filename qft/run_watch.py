@@ -74,6 +74,7 @@ class RunWatch(TrainerCallback, ExportableState):
         for name in _COUNTS:
             setattr(self, name, saved.get(name, getattr(self, name)))
         self._logged = (self.seconds, self.tokens, self.items)
+        self._peaks.since_asked()  # what loading took is not the first steps'
         self._context = self._reporter.bar("train", state.max_steps)
         self._bar = self._context.__enter__()
         self._started, self._cpu_started = time.monotonic(), time.process_time()
@@ -178,8 +179,6 @@ class RunWatch(TrainerCallback, ExportableState):
         now = hardware.device_memory(self._device)[0]
         since, floor = self._peaks.since_asked(), self._peaks.floor_bytes
         facts = {"memory_bytes": now, "memory_floor_bytes": floor}
-        if "live_bytes" in since:  # only where a meter counted
-            facts["memory_live_bytes"] = since["live_bytes"]
         if self._device == "cuda":
             taken = since["reserved_bytes"] + context_bytes()
             return facts | {

@@ -191,7 +191,7 @@ def test_everything_a_run_tells_is_on_its_page(tmp_path: Path) -> None:
     # what is logged is with the libraries, what is planned and shown is without
     assert "resident, most since the line before from 3 GiB at step 1" in drawn[5]
     assert "resident, between steps from 2 GiB at step 1" in drawn[5]
-    assert "planned peak 3 GiB; budget 6 GiB" in drawn[5]
+    assert "planned peak 3 GiB; tensors, by the meter 2.50 GiB; budget 6 GiB" in drawn[5]
     assert "load 2 GiB, train 3 GiB, measured in train 3 GiB; budget 6 GiB" in drawn[6]
     for words in ("lora on some-model in nf4, task chat", "The held-out loss fell from 2.40",
                   "3 GiB (+0.0%)", "2.50 GiB", "the longest micro-batch",
@@ -247,7 +247,7 @@ def test_a_gpu_is_told_with_all_that_is_taken_of_it(tmp_path: Path) -> None:
     assert "taken of the GPU in all from 5 GiB" in names[4]
     assert "measured in train 5 GiB" in names[5], "reserved, and the context as planned"
     assert "5 GiB (+0.0%)" in page.words
-    assert "libraries take" not in page.words
+    assert "its libraries" not in page.words
 
 
 def test_shortages_are_marked_and_told(tmp_path: Path) -> None:

@@ -29,14 +29,12 @@ def memory_chart(story: Story) -> str | None:
     if not now:
         return None
     taken = beyond_floor(story, "memory_taken_bytes")
-    live = beyond_floor(story, "memory_live_bytes", floored=False)
     peaks = beyond_floor(story, "memory_peak_bytes")
     held = "allocated" if taken else "resident"
     series = [
         Series(f"{held}, most since the line before", peaks, _ONE),
         Series(f"{held}, between steps", now, _INK),
         Series("taken of the GPU in all", taken, _TWO),
-        Series("tensors, where metered", live, "var(--q-good)", "dots"),
     ]
     series = [one for one in series if one.finite]
     unit = ByteUnit.of(max((y for s in series for _, y in s.finite), default=1))
@@ -77,14 +75,17 @@ def measured_peaks(story: Story) -> dict[str, int]:
     return peaks
 
 
-def beyond_floor(story: Story, key: str, *, floored: bool = True) -> list[Point]:
-    """A logged amount, less what the libraries alone take."""
+def beyond_floor(story: Story, key: str) -> list[Point]:
+    """A logged amount, less what was there before the model."""
     return [
-        (line["step"] or 0, None if value is None else value - floor)
+        (line["step"] or 0, None if value is None else value - (line.get(_FLOOR) or 0))
         for line in story.lines
         if key in line
-        for value, floor in [(line[key], (line.get("memory_floor_bytes") or 0) if floored else 0)]
+        for value in [line[key]]
     ]
+
+
+_FLOOR = "memory_floor_bytes"
 
 
 def _limits(story: Story) -> list[Limit]:
@@ -93,8 +94,9 @@ def _limits(story: Story) -> list[Limit]:
     if peak:
         low, high = number(plan.get("low_bytes")), number(plan.get("high_bytes"))
         found.append(Limit("planned peak", peak, _INK, low, high))
-    budget = budget_bytes(story)
-    if budget is not None:
+    if live := story.measured.get("train", {}).get("live_bytes"):
+        found.append(Limit("tensors, by the meter", live, "var(--q-good)"))
+    if (budget := budget_bytes(story)) is not None:
         found.append(Limit("budget", budget))
     return found
 

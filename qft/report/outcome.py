@@ -94,8 +94,8 @@ def _floor_note(story: Story) -> str | None:
     floor = story.last("memory_floor_bytes")
     if not floor:
         return None
-    return tag("p", f"Beyond the {bytes_text(floor)} that Python and its libraries take by "
-               "themselves.", "soft")  # fmt: skip
+    before = f"Beyond the {bytes_text(floor)} that Python, its libraries and the rows take before"
+    return tag("p", f"{before} there is a model.", "soft")
 
 
 def _plan_table(story: Story) -> str | None:
@@ -133,7 +133,7 @@ def _phase_row(
 
 
 def metrics(story: Story) -> str:
-    """Held-out metrics: first, best and last."""
+    """Held-out metrics: last, best and first."""
     final = {k: number(v) for k, v in mapping(story.run.get("metrics")).items()}
     before = mapping(story.run.get("metrics_before"))
     rows = []
@@ -148,9 +148,9 @@ def metrics(story: Story) -> str:
         start = number(before.get(name))
         was = "" if start is None else short(start)
         in_the_end = tag("strong", short(last))
-        rows.append([said(name.replace("_", " ")), was, *_seen(name, seen), in_the_end])
-    names = ["metric", "before training", "first measured", "best", "in the end"]
-    kept = [n for n in range(len(names)) if n in (0, 4) or any(row[n] for row in rows)]
+        rows.append([said(name.replace("_", " ")), in_the_end, *_seen(name, seen), was])
+    names = ["metric", "in the end", "best", "first measured", "before training"]
+    kept = [n for n in range(len(names)) if n < 2 or any(row[n] for row in rows)]
     shown = table([[row[n] for n in kept] for row in rows], [names[n] for n in kept], "numbers")
     return section("Held-out metrics", shown or None)
 
@@ -159,4 +159,4 @@ def _seen(name: str, seen: Sequence[tuple[float, float]]) -> list[str]:
     if len(seen) < 2:
         return ["", ""]
     better = max if _HIGHER_IS_BETTER.search(name) else min
-    return [f"{short(y)} (step {short(step)})" for y, step in (seen[0], better(seen))]
+    return [f"{short(y)} (step {short(step)})" for y, step in (better(seen), seen[0])]
