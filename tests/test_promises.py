@@ -64,8 +64,11 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness planning.amounts planning.job planning.fake_training
-    planning.opening planning.changes planning.crossing planning.solver checking fitting
-    training folds
+    planning.opening planning.stored_weights planning.held_model planning.loading
+    planning.evaluating planning.key_values planning.generating planning.caches planning.saving
+    planning.phases planning.changes planning.crossing planning.solver
+    planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
+    planning.probe planning.forecast planning.run checking fitting training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures

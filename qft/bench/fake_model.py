@@ -52,11 +52,15 @@ def fill_with_fakes(model: nn.Module, device: str) -> None:
 
 
 @contextlib.contextmanager
-def fused_attention(on_cuda: bool = False) -> Iterator[None]:
+def fused_attention(on_cuda: bool = False, *, padded: bool = False) -> Iterator[None]:
     """Within it what transformers calls ``sdpa`` is the stand-in, for fake tensors alone.
 
     A mask of ones, or none where nothing is packed, makes transformers leave the mask out; it
-    cannot see that in a fake tensor, and is told: rows are all of one length.
+    cannot see that in a fake tensor, and is told.
+
+    Args:
+        on_cuda: see `qft.lean.standins.FusedKernel`.
+        padded: whether rows are of several lengths, so that the mask is needed.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -69,6 +73,8 @@ def fused_attention(on_cuda: bool = False) -> Iterator[None]:
             return plain(*args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
+        if padded:
+            return plain_mask(*args, **kwargs)
         kwargs["attention_mask"] = None
         if not kwargs.get("allow_is_bidirectional_skip"):
             kwargs["allow_is_causal_skip"] = True

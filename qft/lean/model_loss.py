@@ -177,11 +177,11 @@ class ModelLoss:
             logits: Tensor = self.plain_head(hidden, *args, **kwargs)
             return logits
         targets = order.targets.to(hidden.device)[:, -hidden.shape[1] :]
+        kept = targets != IGNORED
         if _is_fake(hidden):  # nobody can count the labels of such a batch
             chosen = hidden.reshape(-1, hidden.shape[-1])[: self.fake_labels].clone()
             wanted = targets.reshape(-1)[: self.fake_labels]
         else:
-            kept = targets != IGNORED
             chosen, wanted = hidden[kept], targets[kept]
         nats = CrossEntropy(wanted, order.smoothing)
         vocabulary = vocabulary_of(self.head)

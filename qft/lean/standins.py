@@ -22,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _BLOCK, _SECOND_BLOCK = 64, 256  # weights a scale, and scales a scale of theirs (QLoRA)
+_TABLES = 4 * (16 + 256)  # what a code of 4 bits stands for, and a scale's of 8: in every layer
 
 
 class FusedKernel(TorchFunctionMode):
@@ -105,7 +106,7 @@ class QuantizedBytes:
     Attributes:
         packed: the numbers themselves.
         scales: 8-bit scales (4 bits, double quantization), or float32 ones a row (int8).
-        scale_scales: float32 scales of the scales, and their offset.
+        scale_scales: float32 scales of the scales, their offset, and the two tables of values.
     """
 
     packed: int
@@ -119,7 +120,9 @@ def quantized_bytes(kind: str, rows: int, columns: int) -> QuantizedBytes:
     if kind == "int8":
         return QuantizedBytes(count, 4 * rows, 0)
     blocks = math.ceil(count / _BLOCK)
-    return QuantizedBytes(math.ceil(count / 2), blocks, 4 * math.ceil(blocks / _SECOND_BLOCK) + 4)
+    return QuantizedBytes(
+        math.ceil(count / 2), blocks, 4 * math.ceil(blocks / _SECOND_BLOCK) + 4 + _TABLES
+    )
 
 
 class Room(Protocol):

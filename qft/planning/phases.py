@@ -1,0 +1,59 @@
+"""The phases of a training, in the order of a run: load, train, evaluate, save."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from qft.lean.meter import Reading
+from qft.planning.amounts import PhaseBytes
+from qft.planning.caches import cache_bytes
+from qft.planning.evaluating import evaluate_phase
+from qft.planning.job import PlannedJob
+from qft.planning.loading import load_phase, teacher_bytes
+from qft.planning.saving import room_note, save_phase
+
+
+def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
+    """What each phase takes at its fullest moment; an evaluation only where there are rows for it.
+
+    Args:
+        job: a recipe with its rows, or with imagined ones.
+        reading: of one of its training steps.
+    """
+    teacher = teacher_bytes(job)
+    beside = 0 if teacher is None else teacher.weights
+    training = train_phase(job, reading, beside)
+    evaluation = evaluate_phase(job, reading, beside)
+    saving = save_phase(job, reading, trained_tensors(job), training)
+    needed = training.disk_peak + saving.disk_peak
+    saving = replace(saving, note=room_note(needed, Path(job.recipe.output)))
+    found = [load_phase(job, reading), training, evaluation, saving]
+    return [phase for phase in found if phase is not None]
+
+
+def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseBytes:
+    """The step as it was metered, with a teacher's weights beside it.
+
+    Args:
+        teacher: bytes of a teacher that stays in memory.
+    """
+    device = {**reading.peak.by_category, "teacher": teacher}
+    host = dict(reading.host_peak.by_category) if job.device != "cpu" else {}
+    note = ""
+    if job.recipe.train.optimizer.startswith("paged") and job.device != "cpu":
+        note = "Paged optimizer states leave for the host where the device has no room for them."
+        host["optimizer"] = host.get("optimizer", 0) + reading.most["optimizer"]
+    disk = cache_bytes(job)
+    return PhaseBytes("train", _some(device), _some(host), disk, sum(disk.values()), note)
+
+
+def trained_tensors(job: PlannedJob) -> int:
+    """How many parameters train."""
+    from qft.planning.fake_training import _prepared_skeleton
+
+    return sum(p.requires_grad for p in _prepared_skeleton(job).parameters())
+
+
+def _some(values: dict[str, int]) -> dict[str, int]:
+    return {name: size for name, size in values.items() if size}
