@@ -141,7 +141,8 @@ PLAN = {
          "disk": {"checkpoints": GIB}, "disk_peak": 2 * GIB, "note": "the longest micro-batch"},
     ],
     "budget_bytes": 6 * GIB, "peak_bytes": 3 * GIB, "low_bytes": int(2.9 * GIB),
-    "high_bytes": int(3.2 * GIB),
+    "high_bytes": int(3.2 * GIB), "basis": "measured 4 times here",
+    "speed": {"tokens_per_second": 60.0},
 }  # fmt: skip
 RUN = {
     "task": "chat", "strategy": {"name": "lora", "rank": 8}, "base": "some-model",
@@ -191,10 +192,13 @@ def test_everything_a_run_tells_is_on_its_page(tmp_path: Path) -> None:
     # what is logged is with the libraries, what is planned and shown is without
     assert "resident, most since the line before from 3 GiB at step 1" in drawn[5]
     assert "resident, between steps from 2 GiB at step 1" in drawn[5]
+    assert "planned, all tokens 60" in drawn[2]
     assert "planned peak 3 GiB; tensors, by the meter 2.50 GiB; budget 6 GiB" in drawn[5]
     assert "load 2 GiB, train 3 GiB, measured in train 3 GiB; budget 6 GiB" in drawn[6]
     for words in ("lora on some-model in nf4, task chat", "The held-out loss fell from 2.40",
                   "3 GiB (+0.0%)", "2.50 GiB", "the longest micro-batch",
+                  "The plan's peak: 3 GiB, from 2.90 GiB to 3.20 GiB (measured 4 times here). ",
+                  "The budget was 6 GiB.",
                   "train: 2 rows were dropped",
                   "qft eval", "qft merge", "qft export", "torch", "2.13.0", "held-out loss",
                   "10 (1 %)", "2 min"):  # fmt: skip
@@ -263,6 +267,14 @@ def test_shortages_are_marked_and_told(tmp_path: Path) -> None:
     page = read(write_report(write_run(tmp_path / "b", log=log, run=run)))
     assert "Step 5: memory ran out, micro-batch is now 2." in page.words
     assert "Step 7" not in page.words, "what is told exactly is not guessed"
+
+
+def test_a_plan_that_failed_says_why(tmp_path: Path) -> None:
+    run = RUN | {"plan": {"failed": "no fakes of <this> family", "budget_bytes": 7 * GIB}}
+    page = read(write_report(write_run(tmp_path, run=run)))
+    assert "This job could not be planned: no fakes of <this> family" in page.words
+    assert "budget 7 GiB" in next(name for name in charts(page) if name.startswith("Memory"))
+    assert not any(name.startswith("Memory by phase") for name in charts(page))
 
 
 def test_what_cannot_be_merged_is_not_told_to_be(tmp_path: Path) -> None:
@@ -460,6 +472,8 @@ def test_bars_are_as_long_as_their_bytes() -> None:
     far = plan_bars(phases, 100 * GIB)
     assert sizes(far)[0][1] > load, "a budget far away does not make slivers of the bars"
     assert "budget 100 GiB" in far
+    told = [{"phase": p.phase, "device": p.device, "host": p.host} for p in phases]
+    assert plan_bars(told, 8 * GIB) == svg, "a plan that was read from JSON"
     ET.fromstring(plan_bars([], None))
     ET.fromstring(plan_bars([PhaseBytes("<&\x00", {'"\u202e': 5})], 0))
 

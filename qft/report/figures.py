@@ -149,7 +149,10 @@ def _throughput(story: Story) -> LineChart | None:
     ]
     if not series:
         return None
-    return LineChart("Throughput", series, unit="tokens/s", marks=_shortages(story), from_zero=True)
+    planned = number(mapping(story.plan.get("speed")).get("tokens_per_second"))
+    limits = [Limit("planned, all tokens", planned, _INK)] if planned else []
+    return LineChart("Throughput", series, unit="tokens/s", limits=limits,
+                     marks=_shortages(story), from_zero=True)  # fmt: skip
 
 
 def _rate(story: Story) -> LineChart | None:

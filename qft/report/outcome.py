@@ -112,9 +112,22 @@ def _plan_table(story: Story) -> str | None:
     shown = table(
         [[row[n] for n in kept] for row in rows], [names[n] for n in kept], "numbers plan"
     )
-    budget = budget_bytes(story)
-    limit = tag("p", f"The budget was {bytes_text(budget)}.", "soft") if budget else ""
-    return shown + limit
+    return shown + _said_before(story)
+
+
+def _said_before(story: Story) -> str:
+    """The plan's peak with its error bar, and the budget."""
+    peak, low, high = (number(story.plan.get(k)) for k in ("peak_bytes", "low_bytes", "high_bytes"))
+    told = ""
+    if peak:
+        told = f"The plan's peak: {bytes_text(peak)}"
+        if low and high:
+            told += f", from {bytes_text(low)} to {bytes_text(high)}"
+        basis = said(story.plan.get("basis"), 200)
+        told += f" ({basis}). " if basis else ". "
+    if budget := budget_bytes(story):
+        told += f"The budget was {bytes_text(budget)}."
+    return tag("p", told, "soft") if told else ""
 
 
 def _phase_row(
