@@ -599,6 +599,43 @@ def test_each_logged_line_tells_memory_and_rates(trained: Path) -> None:
     assert not any("tokens_per_second" in line for line in log if "eval_loss" in line)
 
 
+def test_a_line_of_a_gpu_tells_its_own_peak_and_all_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from qft.phase_peaks import PhasePeaks
+    from qft.progress import QUIET
+    from qft.run_watch import RunWatch
+
+    marks = {"allocated": 0, "reserved": 0}
+    for name, value in {
+        "max_memory_allocated": lambda: marks["allocated"],
+        "max_memory_reserved": lambda: marks["reserved"],
+        "reset_peak_memory_stats": lambda: marks.update(allocated=2 * GIB, reserved=3 * GIB),
+        "memory_allocated": lambda: 2 * GIB,
+        "memory_reserved": lambda: 3 * GIB,
+        "mem_get_info": lambda: (20 * GIB, 24 * GIB),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    peaks = PhasePeaks("cuda")
+    watch = RunWatch(None, tmp_path / "log", "cuda", QUIET, peaks)  # type: ignore[arg-type]
+    peaks.enter("train")
+    marks |= {"allocated": 5 * GIB, "reserved": 6 * GIB}
+    first = watch._memory()
+    assert first == {
+        "memory_bytes": 2 * GIB, "memory_floor_bytes": 0, "memory_peak_bytes": 5 * GIB,
+        "memory_taken_bytes": 6 * GIB + GIB // 2,  # the context is not more than half of one
+    }  # fmt: skip
+    marks |= {"allocated": 4 * GIB}
+    with peaks.phase("evaluate"):  # the mark is set back on the way
+        pass
+    assert watch._memory()["memory_peak_bytes"] == 4 * GIB
+    assert watch._memory()["memory_peak_bytes"] == 2 * GIB
+    assert peaks.process_peak_bytes() == 5 * GIB, "of the whole run"
+    assert peaks.report()["train"] == {"allocated_bytes": 5 * GIB, "reserved_bytes": 6 * GIB}
+
+
 def test_a_page_that_cannot_be_made_does_not_cost_the_training(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
