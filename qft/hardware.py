@@ -159,18 +159,6 @@ def device_memory(device: str) -> tuple[int, int]:
     return now, max(now, peak_resident_bytes())
 
 
-def memory_floor_bytes(device: str) -> int:
-    """What the libraries alone take, asked before a model is loaded: beyond it counts a job."""
-    return resident_bytes() if device == "cpu" else 0
-
-
-def reserved_bytes() -> int:
-    """What the CUDA allocator has taken from the GPU, in use or not."""
-    import torch
-
-    return torch.cuda.memory_reserved()
-
-
 def free_memory_bytes(device: str) -> int | None:
     """Bytes a new job could take, or None where the system does not say."""
     if device == "cuda":

@@ -30,6 +30,8 @@ class PhasePeaks:
         self._cuda = device == "cuda"
         self._phase: str | None = None
         self._most: dict[str, dict[str, int]] = {}
+        self._since: dict[str, int] = {}
+        self._allocated = 0  # at the most, before CUDA's own mark was last set back
         self.baseline_bytes = 0
         self.rebase()
 
@@ -61,6 +63,7 @@ class PhasePeaks:
         """
         if self._cuda:
             allocated = torch.cuda.max_memory_allocated()
+            self._allocated = max(self._allocated, allocated)
             self._saw("allocated_bytes", allocated)
             self._saw("reserved_bytes", torch.cuda.max_memory_reserved())
             torch.cuda.reset_peak_memory_stats()
@@ -76,6 +79,23 @@ class PhasePeaks:
         """A meter counted so many bytes of tensors at the fullest moment."""
         self._saw("live_bytes", live_bytes)
 
+    @property
+    def floor_bytes(self) -> int:
+        """What a run's own bytes begin above: the baseline on a CPU, nothing on a GPU."""
+        return 0 if self._cuda else self.baseline_bytes
+
+    def process_peak_bytes(self) -> int:
+        """The most so far: allocated on a GPU; on a CPU resident, libraries and all."""
+        if not self._cuda:
+            return hardware.device_memory("cpu")[1]
+        return max(self._allocated, torch.cuda.max_memory_allocated())
+
+    def since_asked(self) -> dict[str, int]:
+        """The most since this was last called, whatever the phase; empty where nobody knows."""
+        self.take()
+        found, self._since = self._since, {}
+        return found
+
     def report(self) -> dict[str, dict[str, Any]]:
         """By phase what is known of it, in bytes; ``resident_bytes`` None is unknown."""
         self.take()
@@ -83,6 +103,7 @@ class PhasePeaks:
         return {name: empty | found for name, found in self._most.items()}
 
     def _saw(self, name: str, value: int) -> None:
+        self._since[name] = max(self._since.get(name, 0), value)
         if self._phase is not None:
             found = self._most.setdefault(self._phase, {})
             found[name] = max(found.get(name, 0), value)

@@ -16,8 +16,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from qft import hardware
+from qft.enforcement import context_bytes
 from qft.errors import QftError
 from qft.files import explain_write_errors, json_ready, write_text
+from qft.phase_peaks import PhasePeaks
 from qft.progress import Bar, Reporter, human_bytes
 from qft.step import StepResult
 from qft.trainer import StepTrainer
@@ -30,8 +32,8 @@ _FALLEN = 0.05  # share of the rate whose loss is worth a line
 class RunWatch(TrainerCallback, ExportableState):
     """Counts, shows and logs; ends the run after the step at hand when asked to.
 
-    Its counts go into every checkpoint, so that a resumed run reports all of its parts. ``floor``
-    is the bytes that the libraries alone take (`qft.hardware.memory_floor_bytes`).
+    Its counts go into every checkpoint, so that a resumed run reports all of its parts. The peaks
+    are those of the run, which the lines of the log ask from one to the next.
     """
 
     def __init__(
@@ -40,13 +42,13 @@ class RunWatch(TrainerCallback, ExportableState):
         log: Path,
         device: str,
         reporter: Reporter,
-        floor: int = 0,
+        peaks: PhasePeaks,
     ) -> None:
         self._trainer = trainer
         self._log = log
         self._device = device
         self._reporter = reporter
-        self._floor = floor
+        self._peaks = peaks
         self._bar: Bar | None = None
         self._context: Any = None
         self._started = self._cpu_started = 0.0
@@ -72,6 +74,7 @@ class RunWatch(TrainerCallback, ExportableState):
         for name in _COUNTS:
             setattr(self, name, saved.get(name, getattr(self, name)))
         self._logged = (self.seconds, self.tokens, self.items)
+        self._peaks.since_asked()  # what loading took is not the first steps'
         self._context = self._reporter.bar("train", state.max_steps)
         self._bar = self._context.__enter__()
         self._started, self._cpu_started = time.monotonic(), time.process_time()
@@ -98,7 +101,7 @@ class RunWatch(TrainerCallback, ExportableState):
         self.tokens += result.tokens
         self.items += result.items
         self._say_shortages(state.global_step, result, time.monotonic() - self._started)
-        now, peak = hardware.device_memory(self._device)
+        now, peak = hardware.device_memory(self._device)[0], self._peaks.process_peak_bytes()
         self._bar.update(
             state.global_step,
             f"loss {result.loss.item():.3f}  {self.tokens / max(self.seconds, 1e-9):.0f} tok/s  "
@@ -152,24 +155,39 @@ class RunWatch(TrainerCallback, ExportableState):
         """
         seconds, tokens, items = self._logged
         self._logged = (self.seconds, self.tokens, self.items)
-        now, peak = hardware.device_memory(self._device)
         facts = {
             "time": round(time.time(), 3),
             "train_seconds": self.seconds,
             "tokens": self.tokens,
             "supervised_items": self.items,
-            "micro_batch": self._trainer.micro_batch.examples,
             "replays": self.replays,
-            "memory_bytes": now,
-            "memory_peak_bytes": peak,
-            "memory_floor_bytes": self._floor,
+            **self._memory(),
         }
-        if self._device == "cuda":
-            facts["memory_reserved_bytes"] = hardware.reserved_bytes()
+        if (result := self._trainer.last_result) is not None:
+            facts["micro_batch"] = result.micro_batch
         if self.seconds > seconds:  # not for an evaluation, which follows the line of its step
             facts["tokens_per_second"] = (self.tokens - tokens) / (self.seconds - seconds)
             facts["supervised_per_second"] = (self.items - items) / (self.seconds - seconds)
         return facts
+
+    def _memory(self) -> dict[str, int]:
+        """Bytes in use now, and the most since the line before: allocated, or resident.
+
+        The floor is no part of the run. On a GPU `memory_taken_bytes` is all that the process
+        takes there: what the allocator had reserved, and the context.
+        """
+        now = hardware.device_memory(self._device)[0]
+        since, floor = self._peaks.since_asked(), self._peaks.floor_bytes
+        facts = {"memory_bytes": now, "memory_floor_bytes": floor}
+        if self._device == "cuda":
+            taken = since["reserved_bytes"] + context_bytes()
+            return facts | {
+                "memory_peak_bytes": since["allocated_bytes"],
+                "memory_taken_bytes": taken,
+            }
+        if "resident_bytes" not in since:
+            return facts | {"memory_peak_bytes": self._peaks.process_peak_bytes()}
+        return facts | {"memory_peak_bytes": max(now, floor + since["resident_bytes"])}
 
     def close(self) -> None:
         """Ends the bar."""

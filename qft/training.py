@@ -37,6 +37,7 @@ from qft.lean.noise import install_noise
 from qft.micro_batch import MicroBatch
 from qft.out_of_memory import Shortage, is_out_of_memory
 from qft.packing_check import keeps_apart, require_exact_packing
+from qft.phase_peaks import PhasePeaks
 from qft.planning.job import first_micro_batch
 from qft.planning.run import RunPlan
 from qft.preparation import prepare, prepared
@@ -125,19 +126,15 @@ def train(
     set_seed(recipe.train.seed)
     hardware_choice = hardware.choose(recipe.device, recipe.dtype)
     reporter.say(f"device: {hardware_choice.reason}")
-    floor = hardware.memory_floor_bytes(hardware_choice.device)
     limit = Limit(recipe.memory.budget, hardware_choice.device)
     with limit.enforced():
-        return _train(
-            recipe, hardware_choice, limit, floor, folder, start, resume, reporter, callbacks
-        )
+        return _train(recipe, hardware_choice, limit, folder, start, resume, reporter, callbacks)
 
 
 def _train(
     recipe: Recipe,
     chosen: hardware.Hardware,
     limit: Limit,
-    floor: int,
     folder: Path,
     start: Path | None,
     resume: bool | str,
@@ -157,7 +154,7 @@ def _train(
     write_samples(folder, opened.inputs, opened.notes)
     trainer = _make_trainer(recipe, opened, folder, reporter, callbacks)
     limit.peaks.enter("train")
-    report = _run(trainer, floor, start, folder, reporter)
+    report = _run(trainer, limit.peaks, start, folder, reporter)
     limit.peaks.enter(None)
     return _finish(recipe, opened, trainer, report, folder, reporter)
 
@@ -380,15 +377,11 @@ def _task_loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
 
 
 def _run(
-    trainer: StepTrainer, floor: int, start: Path | None, folder: Path, reporter: Reporter
+    trainer: StepTrainer, peaks: PhasePeaks, start: Path | None, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
-    """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on.
-
-    Args:
-        floor: bytes that the libraries alone take.
-    """
+    """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on."""
     device = device_of(trainer.trained).type
-    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter, floor)
+    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter, peaks)
     trainer.add_callback(watcher)
     before = _begin_measuring(device)
     try:
@@ -414,9 +407,8 @@ def _run(
         "micro_batch_tokens": trainer.micro_batch.tokens,
         "replays": watcher.replays,
         "out_of_memory": watcher.shortages,
-        "measured_peak_bytes": max(before, hardware.device_memory(device)[1]),
+        "measured_peak_bytes": max(before, peaks.process_peak_bytes()),
         "bytes_before_training": before,
-        "memory_floor_bytes": floor,
     }
 
 

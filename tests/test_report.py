@@ -141,14 +141,17 @@ PLAN = {
          "disk": {"checkpoints": GIB}, "disk_peak": 2 * GIB, "note": "the longest micro-batch"},
     ],
     "budget_bytes": 6 * GIB, "peak_bytes": 3 * GIB, "low_bytes": int(2.9 * GIB),
-    "high_bytes": int(3.2 * GIB),
+    "high_bytes": int(3.2 * GIB), "basis": "measured 4 times here",
+    "speed": {"tokens_per_second": 60.0},
 }  # fmt: skip
 RUN = {
     "task": "chat", "strategy": {"name": "lora", "rank": 8}, "base": "some-model",
     "device": "cpu", "dtype": "bfloat16", "quantize": "nf4", "parameters": 1000,
     "trained_parameters": 10, "versions": {"torch": "2.13.0"}, "mergeable": True,
     "training": {"steps": 60, "tokens": 6000, "tokens_per_second": 50.0, "train_seconds": 120.0,
-                 "measured_peak_bytes": 4 * GIB, "memory_floor_bytes": GIB},
+                 "measured_peak_bytes": 4 * GIB},
+    "measured": {"load": {"resident_bytes": None},
+                 "train": {"resident_bytes": 3 * GIB, "live_bytes": 2.5 * GIB}},
     "metrics": {"loss": 2.2, "accuracy": 0.5}, "plan": PLAN,
 }  # fmt: skip
 SAMPLES = {
@@ -187,11 +190,16 @@ def test_everything_a_run_tells_is_on_its_page(tmp_path: Path) -> None:
         "Memory by phase",
     ]  # fmt: skip
     # what is logged is with the libraries, what is planned and shown is without
-    assert "resident from 2 GiB at step 1" in drawn[5]
-    assert "planned peak 3 GiB; budget 6 GiB" in drawn[5]
+    assert "resident, most since the line before from 3 GiB at step 1" in drawn[5]
+    assert "resident, between steps from 2 GiB at step 1" in drawn[5]
+    assert "planned, all tokens 60" in drawn[2]
+    assert "planned peak 3 GiB; tensors, by the meter 2.50 GiB; budget 6 GiB" in drawn[5]
     assert "load 2 GiB, train 3 GiB, measured in train 3 GiB; budget 6 GiB" in drawn[6]
     for words in ("lora on some-model in nf4, task chat", "The held-out loss fell from 2.40",
-                  "3 GiB (+0.0%)", "the longest micro-batch", "train: 2 rows were dropped",
+                  "3 GiB (+0.0%)", "2.50 GiB", "the longest micro-batch",
+                  "The plan's peak: 3 GiB, from 2.90 GiB to 3.20 GiB (measured 4 times here). ",
+                  "The budget was 6 GiB.",
+                  "train: 2 rows were dropped",
                   "qft eval", "qft merge", "qft export", "torch", "2.13.0", "held-out loss",
                   "10 (1 %)", "2 min"):  # fmt: skip
         assert words in page.words, words
@@ -232,16 +240,41 @@ def test_a_loss_that_is_no_number(tmp_path: Path) -> None:
     assert "no longer a finite number at step 9" in read(write_report(folder)).words
 
 
-def test_replays_are_marked_and_told(tmp_path: Path) -> None:
+def test_a_gpu_is_told_with_all_that_is_taken_of_it(tmp_path: Path) -> None:
+    log = lines(4, memory_floor_bytes=0, memory_taken_bytes=5 * GIB)
+    train = {"allocated_bytes": 3 * GIB, "reserved_bytes": 4 * GIB}
+    phases = [{"phase": "train", "device": {"weights": 4 * GIB, "context": GIB}}]
+    run = RUN | {"measured": {"train": train}, "plan": PLAN | {"phases": phases}}
+    page = read(write_report(write_run(tmp_path, run=run, log=log)))
+    names = charts(page)
+    assert "allocated, most since the line before from 4 GiB" in names[4]
+    assert "taken of the GPU in all from 5 GiB" in names[4]
+    assert "measured in train 5 GiB" in names[5], "reserved, and the context as planned"
+    assert "5 GiB (+0.0%)" in page.words
+    assert "its libraries" not in page.words
+
+
+def test_shortages_are_marked_and_told(tmp_path: Path) -> None:
     log = lines(12)
     for line in log[6:]:
-        line |= {"replays": 1, "micro_batch": 2}
-    page = read(write_report(write_run(tmp_path, log=log)))
-    assert "Step 7: memory ran out; the micro-batch went from 4 to 2" in page.words
-    told = "micro-batch 4 → 2 at step 7"
-    assert [told in name for name in charts(page) if "Loss" in name or "Memory:" in name] == [
-        True, True,
-    ]  # fmt: skip
+        line["replays"] = 1
+    page = read(write_report(write_run(tmp_path / "a", log=log, run=None)))
+    assert "Step 7: memory ran out." in page.words
+    marked = [name for name in charts(page) if "step 7: memory ran out" in name]
+    assert [name.split(":")[0] for name in marked] == ["Loss", "Throughput", "Memory"]
+    told = [{"step": 5, "what": "memory ran out, micro-batch is now 2"}, HOSTILE, {"step": "x"}]
+    run = RUN | {"training": {**RUN["training"], "out_of_memory": told}}
+    page = read(write_report(write_run(tmp_path / "b", log=log, run=run)))
+    assert "Step 5: memory ran out, micro-batch is now 2." in page.words
+    assert "Step 7" not in page.words, "what is told exactly is not guessed"
+
+
+def test_a_plan_that_failed_says_why(tmp_path: Path) -> None:
+    run = RUN | {"plan": {"failed": "no fakes of <this> family", "budget_bytes": 7 * GIB}}
+    page = read(write_report(write_run(tmp_path, run=run)))
+    assert "This job could not be planned: no fakes of <this> family" in page.words
+    assert "budget 7 GiB" in next(name for name in charts(page) if name.startswith("Memory"))
+    assert not any(name.startswith("Memory by phase") for name in charts(page))
 
 
 def test_what_cannot_be_merged_is_not_told_to_be(tmp_path: Path) -> None:
@@ -439,6 +472,8 @@ def test_bars_are_as_long_as_their_bytes() -> None:
     far = plan_bars(phases, 100 * GIB)
     assert sizes(far)[0][1] > load, "a budget far away does not make slivers of the bars"
     assert "budget 100 GiB" in far
+    told = [{"phase": p.phase, "device": p.device, "host": p.host} for p in phases]
+    assert plan_bars(told, 8 * GIB) == svg, "a plan that was read from JSON"
     ET.fromstring(plan_bars([], None))
     ET.fromstring(plan_bars([PhaseBytes("<&\x00", {'"\u202e': 5})], 0))
 
@@ -548,10 +583,11 @@ def test_each_logged_line_tells_memory_and_rates(trained: Path) -> None:
     own = [line for line in log if "loss" in line]
     assert [line["step"] for line in own] == [1, 2, 3, 4, 5, 6]
     for line in own:
-        assert line["memory_peak_bytes"] >= line["memory_bytes"] >= 0.9 * line["memory_floor_bytes"]
+        assert line["memory_peak_bytes"] >= line["memory_bytes"]
         assert line["memory_floor_bytes"] > 0
         assert line["tokens_per_second"] > line["supervised_per_second"] > 0
-        assert (line["micro_batch"], line["replays"]) == (4, 0)
+        assert 1 <= line["micro_batch"] <= 4
+        assert line["replays"] == 0
     report = json.loads((trained / "run.json").read_text("utf-8"))["training"]
     assert own[-1]["tokens"] == report["tokens"]
     assert own[-1]["train_seconds"] == report["train_seconds"]
@@ -561,6 +597,43 @@ def test_each_logged_line_tells_memory_and_rates(trained: Path) -> None:
     tokens = sum(line["tokens_per_second"] * s for line, s in zip(own, spent, strict=True))
     assert tokens == pytest.approx(report["tokens"])
     assert not any("tokens_per_second" in line for line in log if "eval_loss" in line)
+
+
+def test_a_line_of_a_gpu_tells_its_own_peak_and_all_that_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from qft.phase_peaks import PhasePeaks
+    from qft.progress import QUIET
+    from qft.run_watch import RunWatch
+
+    marks = {"allocated": 0, "reserved": 0}
+    for name, value in {
+        "max_memory_allocated": lambda: marks["allocated"],
+        "max_memory_reserved": lambda: marks["reserved"],
+        "reset_peak_memory_stats": lambda: marks.update(allocated=2 * GIB, reserved=3 * GIB),
+        "memory_allocated": lambda: 2 * GIB,
+        "memory_reserved": lambda: 3 * GIB,
+        "mem_get_info": lambda: (20 * GIB, 24 * GIB),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    peaks = PhasePeaks("cuda")
+    watch = RunWatch(None, tmp_path / "log", "cuda", QUIET, peaks)  # type: ignore[arg-type]
+    peaks.enter("train")
+    marks |= {"allocated": 5 * GIB, "reserved": 6 * GIB}
+    first = watch._memory()
+    assert first == {
+        "memory_bytes": 2 * GIB, "memory_floor_bytes": 0, "memory_peak_bytes": 5 * GIB,
+        "memory_taken_bytes": 6 * GIB + GIB // 2,  # the context is not more than half of one
+    }  # fmt: skip
+    marks |= {"allocated": 4 * GIB}
+    with peaks.phase("evaluate"):  # the mark is set back on the way
+        pass
+    assert watch._memory()["memory_peak_bytes"] == 4 * GIB
+    assert watch._memory()["memory_peak_bytes"] == 2 * GIB
+    assert peaks.process_peak_bytes() == 5 * GIB, "of the whole run"
+    assert peaks.report()["train"] == {"allocated_bytes": 5 * GIB, "reserved_bytes": 6 * GIB}
 
 
 def test_a_page_that_cannot_be_made_does_not_cost_the_training(

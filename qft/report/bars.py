@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from qft.report.drawing import (
     WIDTH,
@@ -41,14 +42,27 @@ class Phase(Protocol):
         """The same of the host, where the device is another."""
 
 
-def plan_bars(phases: Sequence[Phase], budget_bytes: int | None) -> str:
+@dataclass(frozen=True)
+class _Told:
+    """A phase that was read from JSON."""
+
+    phase: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+
+def plan_bars(phases: Sequence[Phase | Mapping[str, Any]], budget_bytes: int | None) -> str:
     """An SVG file of a plan: bars by category, the budget as a line, a legend.
 
     Args:
-        phases: in their order; those without a byte are left out.
+        phases: in their order, or what JSON says of them; those without a byte are left out.
         budget_bytes: of the device; None is no limit.
     """
-    return draw_bars(phases, budget_bytes, {}, alone=True)
+    shown = [
+        _Told(p["phase"], p.get("device", {}), p.get("host", {})) if isinstance(p, Mapping) else p
+        for p in phases
+    ]
+    return draw_bars(shown, budget_bytes, {}, alone=True)
 
 
 def draw_bars(

@@ -28,21 +28,19 @@ def memory_chart(story: Story) -> str | None:
     now = beyond_floor(story, "memory_bytes")
     if not now:
         return None
-    peak = beyond_floor(story, "memory_peak_bytes")
-    reserved = beyond_floor(story, "memory_reserved_bytes")
-    live = beyond_floor(story, "live_peak_bytes", floored=False)
-    on_gpu = bool(reserved)
-    series = [Series("allocated" if on_gpu else "resident", now, _ONE)]
-    if peak:
-        series.append(Series("peak so far", peak, _TWO))
-    if reserved:
-        series.append(Series("reserved", reserved, "var(--q-good)"))
-    if live:
-        series.append(Series("live tensors, peak of a step", live, "var(--q-good)"))
-    unit = ByteUnit.of(max(y or 0 for s in series for _, y in s.points))
+    taken = beyond_floor(story, "memory_taken_bytes")
+    peaks = beyond_floor(story, "memory_peak_bytes")
+    held = "allocated" if taken else "resident"
+    series = [
+        Series(f"{held}, most since the line before", peaks, _ONE),
+        Series(f"{held}, between steps", now, _INK),
+        Series("taken of the GPU in all", taken, _TWO),
+    ]
+    series = [one for one in series if one.finite]
+    unit = ByteUnit.of(max((y for s in series for _, y in s.finite), default=1))
     return LineChart(
         "Memory", series, unit=unit.name, scale=unit.size, limits=_limits(story),
-        marks=_replays(story), text=bytes_text, from_zero=True,
+        marks=_shortages(story), text=bytes_text, from_zero=True,
     ).draw()  # fmt: skip
 
 
@@ -56,32 +54,38 @@ def plan_chart(story: Story) -> str | None:
 def budget_bytes(story: Story) -> int | None:
     """What the training was allowed to take."""
     asked = mapping(story.recipe.get("memory")).get("budget")
-    found = number(story.plan.get("budget_bytes")) or number(asked)
-    return int(found) if found and found > 0 else None
+    told = (story.plan.get("budget_bytes"), story.run.get("budget_bytes"), asked)
+    found = next((n for n in map(number, told) if n and n > 0), None)
+    return int(found) if found else None
 
 
 def measured_peaks(story: Story) -> dict[str, int]:
-    """The most bytes that each phase was seen to take, beyond the libraries."""
-    told = mapping(story.plan.get("measured") or story.run.get("measured_peaks"))
-    found = {phase: number(count) for phase, count in told.items()}
-    peaks = {phase: int(count) for phase, count in found.items() if count and count > 0}
-    peak, floor = (number(story.training.get(k)) for k in _PEAK_AND_FLOOR)
-    if "train" not in peaks and peak and floor is not None and peak > floor:
-        peaks["train"] = int(peak - floor)
+    """The most bytes that each phase was seen to take, in the terms of the plan.
+
+    On a CPU resident beyond the libraries; on a GPU what the allocator had reserved, and the
+    context as planned, which nobody can measure by itself.
+    """
+    context = {p.phase: p.device.get("context", 0) for p in story.phases}
+    peaks: dict[str, int] = {}
+    for phase, found in story.measured.items():
+        if "reserved_bytes" in found:
+            peaks[phase] = int(found["reserved_bytes"]) + context.get(phase, 0)
+        elif "resident_bytes" in found:
+            peaks[phase] = int(found["resident_bytes"])
     return peaks
 
 
-_PEAK_AND_FLOOR = ("measured_peak_bytes", "memory_floor_bytes")
-
-
-def beyond_floor(story: Story, key: str, *, floored: bool = True) -> list[Point]:
-    """A logged amount, less what the libraries alone take."""
+def beyond_floor(story: Story, key: str) -> list[Point]:
+    """A logged amount, less what was there before the model."""
     return [
-        (line["step"] or 0, None if value is None else value - floor)
+        (line["step"] or 0, None if value is None else value - (line.get(_FLOOR) or 0))
         for line in story.lines
         if key in line
-        for value, floor in [(line[key], (line.get("memory_floor_bytes") or 0) if floored else 0)]
+        for value in [line[key]]
     ]
+
+
+_FLOOR = "memory_floor_bytes"
 
 
 def _limits(story: Story) -> list[Limit]:
@@ -90,17 +94,15 @@ def _limits(story: Story) -> list[Limit]:
     if peak:
         low, high = number(plan.get("low_bytes")), number(plan.get("high_bytes"))
         found.append(Limit("planned peak", peak, _INK, low, high))
-    budget = budget_bytes(story)
-    if budget is not None:
+    if live := story.measured.get("train", {}).get("live_bytes"):
+        found.append(Limit("tensors, by the meter", live, "var(--q-good)"))
+    if (budget := budget_bytes(story)) is not None:
         found.append(Limit("budget", budget))
     return found
 
 
-def _replays(story: Story) -> list[tuple[float, str]]:
-    return [
-        (step, f"step {short(step)}: out of memory, micro-batch {short(before)} → {short(after)}")
-        for step, before, after in story.replays
-    ]
+def _shortages(story: Story) -> list[tuple[float, str]]:
+    return [(step, f"step {short(step)}: {what}") for step, what in story.shortages]
 
 
 def _loss(story: Story) -> LineChart | None:
@@ -116,7 +118,7 @@ def _loss(story: Story) -> LineChart | None:
         series = [Series("training", training, _ONE)]
     if held_out:
         series.append(Series("held-out", held_out, _TWO, "dots"))
-    return LineChart("Loss", series, unit="nats", marks=_replays(story))
+    return LineChart("Loss", series, unit="nats", marks=_shortages(story))
 
 
 def _metrics(story: Story) -> LineChart | None:
@@ -147,7 +149,10 @@ def _throughput(story: Story) -> LineChart | None:
     ]
     if not series:
         return None
-    return LineChart("Throughput", series, unit="tokens/s", marks=_replays(story), from_zero=True)
+    planned = number(mapping(story.plan.get("speed")).get("tokens_per_second"))
+    limits = [Limit("planned, all tokens", planned, _INK)] if planned else []
+    return LineChart("Throughput", series, unit="tokens/s", limits=limits,
+                     marks=_shortages(story), from_zero=True)  # fmt: skip
 
 
 def _rate(story: Story) -> LineChart | None:
@@ -176,9 +181,9 @@ def key_figures(story: Story) -> Mapping[str, str]:
     rate = number(training.get("tokens_per_second")) or story.last("tokens_per_second")
     if rate:
         found["tokens a second"] = short(rate)
-    peak = measured_peaks(story).get("train") or number(training.get("measured_peak_bytes"))
-    if peak:
-        found["peak memory"] = bytes_text(peak)
+    peak = max(measured_peaks(story).values(), default=None)
+    if known := peak or number(training.get("measured_peak_bytes")):
+        found["peak memory"] = bytes_text(known)
     seconds = number(training.get("train_seconds")) or story.last("train_seconds")
     if seconds:
         found["time training"] = duration_text(seconds)

@@ -254,7 +254,7 @@ def _keys(chart: LineChart, frame: _Frame) -> list[tuple[str, str]]:
     keys += [(stroke(n.colour, "4 3"), f"{n.name} {chart.text(n.value)}, above") for n in frame.far]
     if chart.marks:
         flag = element("path", d="M3 -4 h10 l-5 8 Z", fill="var(--q-bad)")
-        keys.append((flag, "out of memory: micro-batch halved, step replayed"))
+        keys.append((flag, "memory ran out, samples replayed"))
     return keys if len(keys) > 1 else []
 
 
@@ -267,7 +267,7 @@ def _told(chart: LineChart) -> str:
         parts.append(f"{series.name} from {chart.text(first)} at step {short(start)} "
                      f"to {chart.text(last)} at step {short(end)}")  # fmt: skip
     parts += [f"{limit.name} {chart.text(limit.value)}" for limit in chart.limits]
-    parts += [f"{what} at step {short(step)}" for step, what in chart.marks[:10]]
+    parts += [what for _, what in chart.marks[:10]]
     return f"{chart.title}: {'; '.join(parts)}."
 
 

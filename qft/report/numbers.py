@@ -28,7 +28,7 @@ class ByteUnit:
     def number(self, count: float) -> str:
         """Three digits that count, or a whole number, without the unit."""
         value = count / self.size
-        return f"{value:.2f}" if 0.1 <= abs(value) < 1 else short(value)
+        return f"{value:.2f}" if 0.095 <= abs(value) < 0.995 else short(value)
 
     def text(self, count: float) -> str:
         """With the unit."""

@@ -59,11 +59,9 @@ def notes(story: Story) -> str:
     """What a person should know."""
     found = [said(note, 600) for note in sequence(story.samples.get("notes"))[:40]]
     found += [said(note, 600) for note in sequence(story.run.get("notes"))[:40]]
-    for step, before, after in story.replays[:20]:
-        found.append(
-            f"Step {short(step)}: memory ran out; the micro-batch went from {short(before)} to "
-            f"{short(after)} and the same samples were replayed."
-        )
+    if failed := story.plan.get("failed"):
+        found.append(f"This job could not be planned: {said(failed, 600)}")
+    found += [f"Step {short(step)}: {said(what)}." for step, what in story.shortages[:20]]
     items = "".join(tag("li", note) for note in dict.fromkeys(found) if note)
     return section("Notes and warnings", tag("ul", items) if items else None)
 

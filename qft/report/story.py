@@ -96,15 +96,23 @@ class Story:
         return {text(key[5:], 60): self.series(key) for key in list(keys)[:40]}
 
     @cached_property
-    def replays(self) -> list[tuple[float, float, float]]:
-        """Where memory ran out: step, and the micro-batch before and after."""
-        told = [line for line in self.lines if line.get("replays") is not None]
-        found = []
-        for before, after in pairwise([{"replays": 0.0, "micro_batch": None}, *told]):
-            if (after["replays"] or 0) > (before["replays"] or 0):
-                sizes = before.get("micro_batch") or 0, after.get("micro_batch") or 0
-                found.append((after["step"] or 0, *sizes))
-        return found
+    def shortages(self) -> list[tuple[float, str]]:
+        """Where memory ran out: the step, and what was done."""
+        told = sequence(self.training.get("out_of_memory"))[:200]
+        found = [(number(mapping(one).get("step")), mapping(one).get("what")) for one in told]
+        if found:
+            return [(step, text(what, 300)) for step, what in found if step is not None]
+        counted = [(0.0, 0.0), *((x, y) for x, y in self.series("replays") if y is not None)]
+        return [(step, "memory ran out") for (_, a), (step, b) in pairwise(counted) if b > a]
+
+    @cached_property
+    def measured(self) -> Mapping[str, Mapping[str, float]]:
+        """What each phase was seen to hold, in bytes: allocated, reserved, resident, live."""
+        told = mapping(self.run.get("measured")).items()
+        return {
+            text(phase, 40): {k: n for k, v in mapping(found).items() if (n := number(v)) and n > 0}
+            for phase, found in list(told)[:12]
+        }
 
 
 def read_story(folder: Path) -> Story:

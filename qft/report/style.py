@@ -64,7 +64,9 @@ ul{margin:0;padding-left:20px}
 @media (max-width:620px){main{padding:18px 12px 40px}section{padding:16px 13px}h1{font-size:22px}
 .steps{grid-template-columns:1fr;gap:2px}.steps dd{margin-bottom:10px}
 .cards{grid-template-columns:1fr 1fr;gap:8px}.cards div{padding:9px 12px}.cards dd{font-size:17px}}
-@media print{main{max-width:none;padding:0}section,.cards div{border-color:#cccccc}
+@media print{main{max-width:none;padding:0}.charts{grid-template-columns:1fr 1fr;gap:16px 22px}
+section{padding:14px 16px}table{font-size:11px}th,td{padding:3px 10px 3px 0}
+section,.cards div{border-color:#cccccc}
 figure,article,tr,.cards div{break-inside:avoid}.row{max-height:none}h2{break-after:avoid}
 details::details-content{content-visibility:visible;height:auto}}
 """
