@@ -25,6 +25,7 @@ from qft.checkpoints import list_checkpoints
 from qft.errors import RecipeError
 from qft.models import ModelSpec, open_model
 from qft.recipe import Train
+from qft.micro_batch import MicroBatch
 from qft.schedule import schedule_factor
 from qft.trainer import Job, StepTrainer
 
@@ -111,8 +112,8 @@ def test_weight_decay_spares_biases_and_norms(
         model = open_model(base, ModelSpec(str(base), task=task, dtype=torch.float32, device="cpu"))
         trainer = StepTrainer(
             model,
-            Job(Head(), TASKS[task], [Example(0, {})], Train(weight_decay=0.1), 1, 0, tmp_path,
-                None, {}),
+            Job(Head(), TASKS[task], [Example(0, {})], Train(weight_decay=0.1), MicroBatch(1), 0,
+                tmp_path, None, {}),
         )  # fmt: skip
         decay = {
             id(p): group["weight_decay"]
