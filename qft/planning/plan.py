@@ -11,13 +11,15 @@ from qft import hardware
 from qft.errors import WillNotFitError
 from qft.files import free_disk_bytes
 from qft.planning.afterwards import merge_and_export
-from qft.planning.calibration import Calibration, device_name
-from qft.planning.forecast import Forecast, as_dict, forecast, speed
+from qft.planning.calibration import Calibration, Kind, device_name
+from qft.planning.forecast import Forecast, as_dict, forecast, speed, train_phase
 from qft.planning.job import PlannedJob
 from qft.planning.maximize import maximize as find_largest
 from qft.planning.opening import opened_job
 from qft.planning.probe import probe as run_probe
 from qft.planning.solver import Remedy, Solution, solve
+from qft.planning.speed import record_speed
+from qft.planning.unseen import metered_bytes, record_step
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.recipe import Recipe
 
@@ -59,7 +61,7 @@ def plan(
     with opened_job(recipe, device, label_share) as (job, notes):
         measured = None
         if probe:
-            measured = run_probe(job, store)
+            measured = _probed(job, store)
         made = forecast(job, store)
         budget, whence = _budget(job, budget_bytes)
         after = merge_and_export(job, [*recipe.export, *exports])
@@ -75,13 +77,13 @@ def plan(
             "close": budget is not None and made.peak.low <= budget < made.peak.high,
             "speed": None if (found := speed(made, store)) is None else asdict(found),
             **_disk(job, made, after),
-            "probe": measured and asdict(measured),
+            "probe": measured,
         }
         if budget is not None:
             result |= _changes(job, budget, store)
         if maximize is not None:
             limit = budget if budget is not None else _needs_budget()
-            result["largest"] = asdict(find_largest(job, limit, safe_peak(store), maximize))
+            result["largest"] = asdict(find_largest(job, limit, safe_peak(store), maximize, True))
         result["notes"] = [*notes, *store.notes]
     return result
 
@@ -98,6 +100,20 @@ def safe_peak(calibration: Calibration) -> Any:
 def suggestions(job: PlannedJob, budget_bytes: int, calibration: Calibration) -> tuple[str, ...]:
     """Up to three ways to make a job fit, in words for the command line."""
     return solve(job, budget_bytes, safe_peak(calibration)).cheapest_changes
+
+
+def _probed(job: PlannedJob, store: Calibration) -> dict[str, Any]:
+    """Runs a few real steps in a process of their own, and keeps how far the plan was off."""
+    found = run_probe(job, lambda probed: train_phase(forecast(probed, store)))
+    seen = found.measured
+    record_step(found.probed, found.predicted, seen.live_bytes, seen.resident_bytes, store)
+    record_speed(Kind.of(found.probed), seen.flops, seen.seconds, store)
+    return {
+        **asdict(seen),
+        "predicted_live_bytes": metered_bytes(found.predicted),
+        "predicted_bytes": found.predicted.peak_bytes,
+        "random_weights": found.random_weights,
+    }
 
 
 def _what_trains(job: PlannedJob) -> dict[str, Any]:

@@ -64,10 +64,7 @@ def conclusions(plan: Mapping[str, Any]) -> list[str]:
     """What follows from the numbers: the peak, the time, the disk, and what would make it fit."""
     shown = [verdict(plan), f"error bar: {plan['basis']}"]
     if (probe := plan["probe"]) is not None:
-        shown.append(
-            f"probe: {human_bytes(probe['measured_bytes'])} measured, "
-            f"{human_bytes(probe['predicted_bytes'])} predicted"
-        )
+        shown += _probed(probe)
     if (speed := plan["speed"]) is not None:
         shown.append(
             f"time: {speed['tokens_per_second']:,.0f} tokens/s, "
@@ -78,7 +75,7 @@ def conclusions(plan: Mapping[str, Any]) -> list[str]:
         much = "" if need <= free else ": NOT ENOUGH"
         shown.append(f"disk: {human_bytes(need)} needed, {human_bytes(free)} free{much}")
     if largest := plan.get("largest"):
-        shown.append(f"largest: {largest['sentence']}")
+        shown += _largest(largest)
     return [*shown, *_changes(plan)]
 
 
@@ -92,6 +89,26 @@ def _changes(plan: Mapping[str, Any]) -> list[str]:
     if plan.get("instead"):
         shown.append(f"nothing makes it fit; it would with {plan['instead']}")
     return shown
+
+
+def _probed(probe: Mapping[str, Any]) -> list[str]:
+    small = ", of random weights in a few layers" if probe["random_weights"] else ""
+    tensors = f"{human_bytes(probe['live_bytes'])} of tensors measured, "
+    tensors += f"{human_bytes(probe['predicted_live_bytes'])} predicted"
+    whole = probe["resident_bytes"]
+    if whole is not None:
+        tensors += f"; in all {human_bytes(whole)}, {human_bytes(probe['predicted_bytes'])}"
+    return [f"probe{small}: {tensors}"]
+
+
+def _largest(largest: Mapping[str, Any]) -> list[str]:
+    if largest["value"] is None:
+        return [f"largest {largest['what']}: not even the smallest fits"]
+    peak = human_bytes(largest["peak_bytes"])
+    return [
+        f"largest {largest['what']}: {largest['value']} ({peak}); {largest['limited_by']}",
+        f"  {largest['words']}",
+    ]
 
 
 def _duration(seconds: float) -> str:
