@@ -12,6 +12,7 @@ line a training goes to benchmarks/results/plan_accuracy.jsonl, in place of its 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -216,7 +217,7 @@ def _random_model(name: str) -> Any:
                     d_ff=3072,
                     num_layers=12,
                     num_heads=12,
-                    decoder_start_token_id=0,
+                    **{"decoder_start_token_id": 0},  # type: ignore[arg-type]
                     pad_token_id=0,
                     eos_token_id=2,
                 )
@@ -358,14 +359,15 @@ def run_apart(name: str, assets: Path) -> dict[str, Any] | None:
 
 
 def keep(row: dict[str, Any], order: Callable[[], Any] = trainings) -> None:
-    """Writes a row in place of its former one."""
-    kept: dict[str, dict[str, Any]] = {}
-    if RESULTS.is_file():
-        lines = RESULTS.read_text(encoding="utf-8").splitlines()
-        kept = {old["name"]: old for old in map(json.loads, lines)}
-    kept[row["name"]] = row
-    text = "".join(json.dumps(kept[name]) + "\n" for name in order() if name in kept)
-    RESULTS.write_text(text, encoding="utf-8")
+    """Writes a row in place of its former one; another run of this file may do so at the time."""
+    with RESULTS.open("a+", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        kept: dict[str, dict[str, Any]] = {old["name"]: old for old in map(json.loads, file)}
+        kept[row["name"]] = row
+        text = "".join(json.dumps(kept[name]) + "\n" for name in order() if name in kept)
+        file.truncate(0)
+        file.write(text)
 
 
 def main() -> None:
