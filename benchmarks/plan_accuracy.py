@@ -2,11 +2,12 @@
 
     python benchmarks/plan_accuracy.py ASSETS [--only lora-nf4 t5-full …]
 
-`ASSETS` holds `data/` and `models/`. Each training is `qft.train` itself, in a process of its own,
-for three steps: the first two give the resident set (the kernel's count), the third is metered
-(live bytes of tensors). The prediction is made afterwards, without a weight, from the recipe and
-the model's config.json. Random models of 100 to 500 M parameters are built and removed again. A
-line a training goes to benchmarks/results/plan_accuracy.jsonl, in place of its former one.
+`ASSETS` holds `data/` and `models/`. Each training is `qft.train` itself, in a process of its own
+(forked off one that has imported the libraries and computed nothing), for three steps: the first
+two give the resident set (the kernel's count), the third is metered (live bytes of tensors). The
+prediction is made afterwards, without a weight, from the recipe and the model's config.json. Random
+models of 100 to 500 M parameters are built and removed again. A line a training goes to
+benchmarks/results/plan_accuracy.jsonl, in place of its former one.
 """
 
 from __future__ import annotations
@@ -17,16 +18,14 @@ import json
 import os
 import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "plan_accuracy.jsonl"
-MARK = "plan-accuracy-row: "
 LORA = {"name": "lora", "rank": 16}
 FULL = {"name": "full"}
 
@@ -291,9 +290,9 @@ def measured(name: str, assets: Path, scratch: Path) -> dict[str, Any]:
         **values, "model": str(folder), "output": str(scratch / "run"),
         "data": {"train": str(rows), "limit": limit, "too_long": "truncate", "max_cut_share": 1},
     })  # fmt: skip
-    _import_all()
-    before = hardware.resident_bytes()
+    before, files_before = hardware.resident_bytes(), file_pages_bytes()
     real = measured_step(recipe)
+    files_after = file_pages_bytes()
     inputs = open_inputs(recipe)
     started = time.process_time()
     training = FakeTraining(planned_job(recipe, inputs))
@@ -311,6 +310,7 @@ def measured(name: str, assets: Path, scratch: Path) -> dict[str, Any]:
         "flops_measured": sum(real.reading.flops.values()),
         "prediction_cpu_seconds": round(seconds, 2),
         "resident_before": before,
+        "resident_files_grown": files_after - files_before,
         "resident_load_peak": real.resident_load_bytes,
         "resident_peak": real.resident_peak_bytes,
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -319,14 +319,25 @@ def measured(name: str, assets: Path, scratch: Path) -> dict[str, Any]:
     }
 
 
-def _import_all() -> None:
-    """What a training imports anyway, so that it is there before the resident set is read."""
+def import_all() -> None:
+    """What a training imports, so that it is there before the resident set is read."""
     import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
     import peft  # noqa: F401
     import transformers
 
-    for family in ("llama", "qwen2", "gpt2", "bert", "t5"):
-        getattr(transformers, f"{family.upper() if family == 'gpt2' else family.title()}Config")
+    import qft.planning.measured_step  # noqa: F401
+
+    for family in ("Llama", "Qwen2", "GPT2", "Bert", "T5"):
+        getattr(transformers, f"{family}PreTrainedModel")
+
+
+def file_pages_bytes() -> int:
+    """Of the resident set what is files': a forked process brings its libraries in page by page."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("RssFile:"):
+            return int(line.split()[1]) * 1024
+    return 0
 
 
 def _without_places(values: dict[str, Any]) -> dict[str, Any]:
@@ -346,16 +357,25 @@ def _cpu() -> str:
 
 
 def run_apart(name: str, assets: Path) -> dict[str, Any] | None:
-    """The row of one training, from a process of its own; None where it failed."""
+    """The row of one training, from a process of its own; None where it failed.
+
+    The process is forked off this one, which has imported everything and computed nothing.
+    """
     with tempfile.TemporaryDirectory(prefix="qft-plan-") as scratch:
-        command = [sys.executable, __file__, str(assets), "--inside", name, "--scratch", scratch]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-    rows = [line for line in found.stdout.splitlines() if line.startswith(MARK)]
-    if not rows:
-        print(f"{name}: failed\n{found.stderr[-2000:]}", flush=True)
-        return None
-    row: dict[str, Any] = json.loads(rows[0].removeprefix(MARK))
-    return row
+        answer = Path(scratch) / "row.json"
+        child = os.fork()
+        if child == 0:
+            try:
+                answer.write_text(json.dumps(measured(name, assets, Path(scratch))))
+            except BaseException:
+                traceback.print_exc()
+            os._exit(0)
+        os.waitpid(child, 0)
+        if not answer.is_file():
+            print(f"{name}: failed", flush=True)
+            return None
+        row: dict[str, Any] = json.loads(answer.read_text())
+        return row
 
 
 def keep(row: dict[str, Any], order: Callable[[], Any] = trainings) -> None:
@@ -375,18 +395,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("assets", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(trainings()))
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.inside:
-        print(MARK + json.dumps(measured(asked.inside, asked.assets, asked.scratch)), flush=True)
-        return
+    import_all()
     for name in asked.only or list(trainings()):
         row = run_apart(name, asked.assets)
         if row is None:
             continue
         keep(row)
-        grown = row["resident_peak"] - row["resident_before"]
+        grown = row["resident_peak"] - row["resident_before"] - row["resident_files_grown"]
         print(
             f"{name}: {row['live_predicted'] / 1e6:.2f} MB predicted, "
             f"{row['live_measured'] / 1e6:.2f} measured, {row['live_error']:+.3%}; "

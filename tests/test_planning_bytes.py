@@ -307,9 +307,7 @@ def test_what_is_known_of_a_batch_stays_known():
     assert logits.grad is not None
 
 
-def test_what_a_family_wants_in_float32_is_not_quantized(
-    folders: dict[str, Path], tmp_path: Path
-):
+def test_what_a_family_wants_in_float32_is_not_quantized(folders: dict[str, Path], tmp_path: Path):
     job = job_of(values_of(tmp_path, folders["t5"], "seq2seq", LORA))
     kept = unquantized_modules(job.ready.skeleton)
     assert "encoder.block.0.layer.1.DenseReluDense.wo" in kept
