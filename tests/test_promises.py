@@ -58,7 +58,8 @@ _PLACES = """
     pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
-    readiness planning.amounts planning.job planning.fake_training planning.likeness planning.depth checking training folds
+    readiness planning.amounts planning.job planning.fake_training planning.likeness
+    planning.repetition planning.short_training planning.depth planning.length checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
