@@ -6,13 +6,14 @@ memory the C library keeps) and "context" (CUDA's own; on a CPU what a process l
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from qft.planning.amounts import PhaseBytes
 from qft.planning.calibration import Calibration, Expected, Figure, Kind
 from qft.planning.cuda_allocator import cuda_unseen
 from qft.planning.job import PlannedJob
-from qft.planning.resident import resident_unseen
+from qft.planning.resident import Work, kernels_of, resident_unseen
 
 CATEGORIES = ("allocator", "context")
 MEASURED = "train"  # the phase whose residuals are kept
@@ -97,6 +98,26 @@ def record_step(
         store.record(kind, "reserved" if cuda else "resident", whole, measured_resident)
 
 
+def work_of(job: PlannedJob) -> Work:
+    """What of a job decides what a process on a CPU keeps."""
+    recipe, examples = job.recipe, job.inputs.train.examples
+    size = min(recipe.train.batch_size, len(examples))
+    steps = math.ceil(len(examples) / recipe.train.batch_size)
+    if steps > 1:  # else every pass has the same step again
+        steps = math.ceil(steps * recipe.train.epochs)
+    steps = min(steps, recipe.train.max_steps or steps)
+    return Work(
+        half=job.dtype.itemsize == 2,
+        recomputed=recipe.memory.checkpointing not in ("none", "auto", 0),
+        kernels=kernels_of(
+            [len(example.inputs["input_ids"]) for example in examples],
+            job.micro_batch,
+            steps * math.ceil(size / job.micro_batch),
+            job.flat,
+        ),
+    )
+
+
 def _modelled(phase: PhaseBytes, job: PlannedJob) -> PhaseBytes:
     """By the built-in models alone."""
     seen = {name: nbytes for name, nbytes in phase.device.items() if name not in CATEGORIES}
@@ -104,6 +125,6 @@ def _modelled(phase: PhaseBytes, job: PlannedJob) -> PhaseBytes:
         found = cuda_unseen(seen)
         unseen = {"allocator": found.allocated + found.between, "context": found.context}
     else:
-        process = resident_unseen(seen, quantized=job.ready.held != "none")
+        process = resident_unseen(seen, work_of(job))
         unseen = {"allocator": process.kept, "context": process.once}
     return replace(phase, device={**seen, **unseen})
