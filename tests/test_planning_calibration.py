@@ -379,7 +379,7 @@ def test_seconds_are_operations_over_a_rate(job: PlannedJob, empty: Calibration)
     # 4 examples of 32 tokens a step, and the reading is of 2
     assert speed.flops_a_step(job, reading) == 6e6
     seconds, basis = speed.seconds_a_step(job, reading, empty)  # type: ignore[misc]
-    assert seconds == pytest.approx(6e6 / (1e9 * speed.EFFICIENCY["cpu"]))
+    assert seconds == pytest.approx(6e6 / (1e9 * speed.EFFICIENCY["cpu"][2]))
     assert "estimated" in basis
     for rate in (2e8, 3e8, 9e8):
         empty.record_rate(kind, "training", rate)

@@ -1,9 +1,11 @@
 """What a process on a CPU has in memory beside live tensors.
 
-Three parts. What is there once: code and tables that the first steps load. The kernels that oneDNN
+Four parts. What is there once: code and tables that the first steps load. The kernels that oneDNN
 makes for 16-bit matrix products, one for each shape it meets, and keeps: rows of many lengths are
 many shapes, and each costs about 0.7 MiB (float32 products cost none). And what the C library
-keeps: freed blocks between live ones.
+keeps: freed blocks between live ones. And a checkpoint's file, which is mapped: as long as one
+tensor lives in it, all that was read of it counts, quantized weights' originals too; what was never
+read (rows of an embedding) does not count, though its tensor is alive.
 
 All figures were measured with glibc 2.36 and one thread, in fresh processes, of steps and of single
 products in many shapes; a machine's own residuals (`qft.planning.calibration`) shift the sum.
@@ -25,7 +27,7 @@ TILE = 128  # tokens; `qft.lean.attention.TILE`
 # of the bytes that come and go, what lies free between live blocks at the fullest moment
 KEPT = {"activations": 0.35, "temporary": 0.15}
 # a layer that is run again in the backward pass leaves more of it
-KEPT_RECOMPUTED, KEPT_RECOMPUTED_FLOAT32 = 1.2, 4.0
+KEPT_RECOMPUTED, KEPT_RECOMPUTED_FLOAT32 = 1.2, 3.5
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,14 @@ class Work:
         half: products are of 16-bit numbers.
         recomputed: layers are run again in the backward pass.
         kernels: shapes of products, see `kernels_of`.
+        file_bytes: of the checkpoint's file, beside what tensors live in: what is still mapped of
+            weights that were quantized; or, below zero, mapped tables of which few rows are read.
     """
 
     half: bool
     recomputed: bool
     kernels: int = KERNELS_A_WIDTH
+    file_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class ResidentUnseen:
     """Bytes of the resident set that no tensor explains.
 
     Attributes:
-        once: code, tables and kernels.
+        once: code, tables, kernels, and what is mapped of a file.
         kept: freed, and not given back.
     """
 
@@ -63,7 +68,7 @@ def resident_unseen(by_category: Mapping[str, int], work: Work) -> ResidentUnsee
         share = KEPT_RECOMPUTED if work.half else KEPT_RECOMPUTED_FLOAT32
         kept += share * by_category.get("temporary", 0)
     kernels = KERNEL_BYTES * min(MOST_KERNELS, work.kernels) if work.half else 0
-    return ResidentUnseen(ONCE_BYTES + kernels, int(kept))
+    return ResidentUnseen(max(0, ONCE_BYTES + kernels + work.file_bytes), int(kept))
 
 
 def kernels_of(lengths: Sequence[int], micro_batch: int, micro_batches: int, flat: bool) -> int:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
+from torch import nn
+
+from qft import models
 from qft.planning.amounts import PhaseBytes
 from qft.planning.calibration import Calibration, Expected, Figure, Kind
 from qft.planning.cuda_allocator import cuda_unseen
@@ -115,7 +119,34 @@ def work_of(job: PlannedJob) -> Work:
             steps * math.ceil(size / job.micro_batch),
             job.flat,
         ),
+        file_bytes=_file_bytes(job),
     )
+
+
+def _file_bytes(job: PlannedJob) -> int:
+    """See `Work`; a file of another dtype is read, converted and closed."""
+    config = models.read_config(job.inputs.base)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if stored.removeprefix("torch.") != str(job.dtype).removeprefix("torch."):
+        return 0
+    skeleton: Any = job.ready.skeleton
+    if job.ready.held != "none":
+        if config.get("quantization_config"):
+            return 0  # stored as it is held
+        kept = models.unquantized_in(
+            job.inputs.base, job.ready.spec, job.ready.needs.full_precision
+        )
+        return job.dtype.itemsize * sum(
+            module.weight.numel()
+            for name, module in skeleton.named_modules()
+            if type(module) is nn.Linear and name not in kept
+        )
+    total = sum(p.numel() for p in skeleton.parameters())
+    table = skeleton.get_input_embeddings().weight
+    tied = skeleton.get_output_embeddings()
+    if job.ready.trained_parameters > total / 2 or (tied is not None and tied.weight is table):
+        return 0
+    return -int(table.nbytes)
 
 
 def _modelled(phase: PhaseBytes, job: PlannedJob) -> PhaseBytes:
