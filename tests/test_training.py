@@ -23,9 +23,9 @@ import qft
 from qft import cli
 from qft.checkpoints import list_checkpoints
 from qft.errors import RecipeError
+from qft.micro_batch import MicroBatch
 from qft.models import ModelSpec, open_model
 from qft.recipe import Train
-from qft.micro_batch import MicroBatch
 from qft.schedule import schedule_factor
 from qft.trainer import Job, StepTrainer
 
