@@ -47,7 +47,7 @@ from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
 from qft.step import Layout, StepLoss
 from qft.task_loss import TaskLoss, balanced_weights
-from qft.trainer import Job, StepTrainer, resume_command
+from qft.trainer import Job, StepTrainer, Suggest, resume_command, usual_changes
 
 EVALUATED_AT_ONCE = WRITTEN_AT_ONCE = 8  # rows; fewer where memory runs out
 
@@ -92,6 +92,7 @@ def train(
     overwrite: bool = False,
     reporter: Reporter = QUIET,
     callbacks: Sequence[TrainerCallback] = (),
+    suggest: Suggest = usual_changes,
 ) -> RunResult:
     """Trains what the recipe says.
 
@@ -101,6 +102,7 @@ def train(
         overwrite: replace a former run in the output folder.
         reporter: where progress goes.
         callbacks: transformers' own kind; called like a Trainer's.
+        suggest: asked, where it does not fit, for the cheapest changes that make it fit.
 
     Raises:
         QftError: see :mod:`qft.errors`; the run folder keeps its checkpoints.
@@ -117,7 +119,9 @@ def train(
     reporter.say(f"device: {hardware_choice.reason}")
     limit = Limit(recipe.memory.budget, hardware_choice.device)
     with limit.enforced():
-        return _train(recipe, hardware_choice, limit, folder, start, resume, reporter, callbacks)
+        return _train(
+            recipe, hardware_choice, limit, folder, start, resume, reporter, callbacks, suggest
+        )
 
 
 def _train(
@@ -129,8 +133,9 @@ def _train(
     resume: bool | str,
     reporter: Reporter,
     callbacks: Sequence[TrainerCallback],
+    suggest: Suggest,
 ) -> RunResult:
-    opened = _open(recipe, chosen, reporter, limit)
+    opened = _open(recipe, chosen, reporter, limit, suggest)
     identity = {
         "data": opened.inputs.train.fingerprint,
         "base": opened.card["base_fingerprint"],
@@ -159,7 +164,11 @@ def _require_one_process() -> None:
 
 
 def _open(
-    recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter, limit: Limit | None = None
+    recipe: Recipe,
+    chosen: hardware.Hardware,
+    reporter: Reporter,
+    limit: Limit | None = None,
+    suggest: Suggest = usual_changes,
 ) -> _Opened:
     limit = limit or Limit(None, chosen.device)
     inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
@@ -198,7 +207,7 @@ def _open(
         padded=not layout.flat,
     )
     fitting = Fitting(
-        recipe, model, inputs, layout, loss, micro_batch, limit.tensor_bytes, reporter
+        recipe, model, inputs, layout, loss, micro_batch, limit.tensor_bytes, reporter, suggest
     )
     fitting.decide()
     return _Opened(model, inputs, card, parameters, layout, features, loss, lessons, fitting, limit)
@@ -308,6 +317,7 @@ def _make_trainer(
         reporter=reporter,
         longest=opened.fitting.longest(),
         limit=opened.limit,
+        suggest=opened.fitting.suggest,
     )
     return StepTrainer(opened.model, job, list(callbacks))
 

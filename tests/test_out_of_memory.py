@@ -413,7 +413,7 @@ def test_an_evaluation_that_cannot_go_on_is_saved_first(
     with pytest.raises(WillNotFitError, match="for evaluation") as refused:
         trained({"output": "run", "data": {"eval_share": 0.3}, "train": {"eval_every": 2}})
     assert "checkpoint of step 2" in str(refused.value.fix)
-    assert [p.name for p in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["checkpoint-2"]
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "checkpoint-2"
 
 
 # --- evaluation and generation
