@@ -30,7 +30,9 @@ from qft.out_of_memory import Shortage, asked_bytes, is_out_of_memory
 from qft.preparation import inner_model, prepared
 from qft.progress import Reporter
 from qft.recipe import build_recipe
-from qft.step import accumulate_gradients
+from qft.run_watch import RunWatch
+from qft.step import ALONE, Share, StepResult, accumulate_gradients
+from qft.trainer import StepTrainer
 
 ERRORS: list[Callable[[], BaseException]] = [
     lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
@@ -208,7 +210,7 @@ def hooked(model: nn.Module) -> nn.Module:
     return layers[1].get_submodule(found)
 
 
-def run_step(opened: Any, recipe: Any, step: int, at_once: MicroBatch) -> Any:
+def run_step(opened: Any, recipe: Any, step: int, at_once: MicroBatch, share: Share = ALONE) -> Any:
     model = opened.model
     model.zero_grad(set_to_none=True)
     torch.manual_seed(step)
@@ -223,6 +225,7 @@ def run_step(opened: Any, recipe: Any, step: int, at_once: MicroBatch) -> Any:
         strategy=recipe.strategy,
         loss=opened.loss,
         layout=opened.layout,
+        share=share,
     )
 
 
@@ -257,6 +260,26 @@ def test_each_steps_gradients_are_those_of_an_untouched_run(
     assert shrinks > 0
     assert replays >= 3
     assert worst < most
+
+
+def test_a_teacher_that_runs_out_of_memory_is_asked_again(opened: Any):
+    recipe, found = opened(CASES["distilled"])
+    run_step(found, recipe, 1, MicroBatch(4))
+    wanted = gradients(found.model)
+    faults = Faults(hooked(found.loss.source.teacher.model), {1}, set())
+    result = run_step(found, recipe, 1, MicroBatch(4))
+    faults.remove()
+    assert result.replays == faults.raised == 1
+    assert error_of(gradients(found.model), wanted) < 1e-6
+
+
+def test_with_several_processes_nothing_is_replayed(opened: Any):
+    recipe, found = opened(CASES["padded"])
+    faults = Faults(hooked(found.model), {0}, set())
+    with pytest.raises(WillNotFitError):
+        run_step(found, recipe, 1, MicroBatch(2), share=Share(0, 2))
+    assert faults.calls == 1
+    assert not gradients(found.model)
 
 
 # --- what happens then
@@ -367,7 +390,9 @@ def test_a_training_goes_on_and_says_so(trained: Any, record_property: Any):
     assert whole.report["training"]["out_of_memory"] == []
 
 
-def test_a_run_that_cannot_go_on_is_saved_first_and_resumed_with_less(trained: Any, tmp_path: Path):
+def test_a_run_that_cannot_go_on_is_saved_first_and_resumed_bit_for_bit(
+    trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with pytest.raises(WillNotFitError, match="Not even one") as refused:
         trained({"output": "run"}, _Strikes("layers.1.mlp", 3, 99))
     assert "step 3" in str(refused.value.where)
@@ -375,7 +400,11 @@ def test_a_run_that_cannot_go_on_is_saved_first_and_resumed_with_less(trained: A
     assert "--resume" in str(refused.value.fix)
     saved = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in saved] == ["checkpoint-2"]
+    rehearsed = []
+    plain = StepTrainer.rehearse
+    monkeypatch.setattr(StepTrainer, "rehearse", lambda self: (rehearsed.append(1), plain(self)))
     resumed = trained({"output": "run"}, resume=True)
+    assert rehearsed == [1], "on what the optimizer holds already"
     whole = trained({"output": "whole"})
     assert error_of(weights(resumed), weights(whole)) == 0
 
@@ -414,6 +443,27 @@ def test_an_evaluation_that_cannot_go_on_is_saved_first(
         trained({"output": "run", "data": {"eval_share": 0.3}, "train": {"eval_every": 2}})
     assert "checkpoint of step 2" in str(refused.value.fix)
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "checkpoint-2"
+
+
+def test_what_a_change_costs_is_said_some_steps_later(tmp_path: Path):
+    told = Told()
+    trainer: Any = type("Trainer", (), {"changes": []})()
+    watch = RunWatch(trainer, tmp_path / "log", "cpu", told)
+
+    def step(number: int, seconds: float, replays: int = 0) -> None:
+        result = StepResult(torch.zeros(()), 1, 100, 4, replays)
+        watch.tokens, watch.seconds = watch.tokens + 100, watch.seconds + seconds
+        trainer.changes = ["out of memory"] * replays
+        watch._say_shortages(number, result, seconds)
+
+    for number in range(1, 4):
+        step(number, 1.0)
+    step(4, 3.0, replays=1)
+    for number in range(5, 11):
+        step(number, 2.0)
+    slower = [line for line in told.lines if "slower" in line]
+    assert slower == ["step 9: 50 tokens/s since the change, 100 before: 50% slower"]
+    assert watch.replays == 1
 
 
 # --- evaluation and generation
