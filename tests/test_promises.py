@@ -26,8 +26,8 @@ _PLACES = """
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
-    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
-    lean.magnitudes lean.combining
+    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence
+    lean.sorted_gap lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
     four_bit quantization pooling model_dropout shards onnx_files write_journal shard_writer models
@@ -59,7 +59,8 @@ _PLACES = """
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
     readiness planning.amounts planning.job planning.fake_training planning.likeness
-    planning.repetition planning.short_training planning.depth planning.length checking training folds
+    planning.repetition planning.short_training planning.depth planning.length
+    checking training folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
