@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     | {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 5,
        "num_attention_heads": 4, "vocab_size": 300},
     "t5": SHAPES["t5-base"]
-    | {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 4, "num_decoder_layers": 4,
+    | {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 5, "num_decoder_layers": 5,
        "num_heads": 4, "vocab_size": 300},
 }  # fmt: skip
 LORA = {"name": "lora", "rank": 4}
