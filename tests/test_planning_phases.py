@@ -370,3 +370,21 @@ def test_a_merge_runs_on_the_host(wide_llama: Path):
     (merged,) = merge_and_export(job, [])
     assert not merged.device
     assert merged.host_bytes > 0
+
+
+@pytest.mark.parametrize("start", ["default", "pissa", "loftq"])
+def test_a_start_that_is_kept_is_held_and_saved(start: str, tiny_llama: Path, tmp_path: Path):
+    quantize = "nf4" if start == "loftq" else "none"
+    job = job_of(tiny_llama, strategy={"name": "lora", "rank": 16, "initialisation": start},
+                 quantize=quantize)  # fmt: skip
+    reading = FakeTraining(job).meter()
+    phases = {phase.phase: phase for phase in phases_of(job, reading)}
+    model: Any = opened(job)
+    first = [t for m in model.modules() for v in vars(m).values() if isinstance(v, tuple)
+             for t in v if isinstance(t, torch.Tensor)]  # fmt: skip
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert phases["train"].device["adapters"] == trained + sum(t.nbytes for t in first)
+    job.recipe.strategy.save(model, tmp_path)
+    saved = phases["save"].disk["adapter"]
+    assert saved == pytest.approx(folder_bytes(tmp_path), rel=0.01, abs=2 * 4096)
+    assert ("temporary" in phases["load"].device) == (start != "default")

@@ -22,6 +22,7 @@ from qft.lean.meter import Meter, Reading
 from qft.planning.amounts import PhaseBytes
 from qft.planning.fake_training import _prepared_skeleton
 from qft.planning.job import PlannedJob
+from qft.planning.loading import adapter_bytes
 from qft.preparation import prepared
 from qft.step import announced
 
@@ -76,6 +77,7 @@ def evaluate_phase(
     found = FakeEvaluation(job).meter(longest)
     made = {k: v for k, v in found.peak.by_category.items() if k not in ("weights", "adapters")}
     lasting = {k: reading.most[k] for k in ("weights", "adapters", "optimizer")}
+    lasting["adapters"] = adapter_bytes(job, reading)
     if job.recipe.train.optimizer.startswith("paged") and job.device != "cpu":
         lasting["optimizer"] = 0  # it leaves where something else needs the room
     device = {**lasting, "temporary": sum(made.values()), "teacher": teacher_bytes}

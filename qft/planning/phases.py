@@ -10,7 +10,7 @@ from qft.planning.amounts import PhaseBytes
 from qft.planning.caches import cache_bytes
 from qft.planning.evaluating import evaluate_phase
 from qft.planning.job import PlannedJob
-from qft.planning.loading import load_phase, teacher_bytes
+from qft.planning.loading import adapter_bytes, load_phase, teacher_bytes
 from qft.planning.saving import room_note, save_phase
 
 
@@ -39,6 +39,7 @@ def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseByt
         teacher: bytes of a teacher that stays in memory.
     """
     device = {**reading.peak.by_category, "teacher": teacher}
+    device["adapters"] += adapter_bytes(job, reading) - reading.most["adapters"]
     host = dict(reading.host_peak.by_category) if job.device != "cpu" else {}
     note = ""
     if job.recipe.train.optimizer.startswith("paged") and job.device != "cpu":
