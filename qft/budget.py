@@ -4,24 +4,24 @@ With a budget, as many layers keep their activations as fit, and the others reco
 
 The longest micro-batch of the data is run forward and backward under the meter, with more or fewer
 layers keeping, until the most that fit is known: bytes grow with each layer that keeps, so a few
-trials are enough. Without one, all keep theirs if that surely fits into half of what is free, told
-by a single ordinary example; else all recompute. Weights, gradients and random state are left as
-they were.
+trials are enough; one that passes the budget ends there. Without a budget, all keep theirs if that
+surely fits into half of what is free, told by a single ordinary example; else all recompute.
+Weights, gradients and random state are left as they were.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from qft.errors import WillNotFitError
 from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.meter import Meter
-from qft.lean.model_parts import device_of
+from qft.out_of_memory import Shortage, tried
 from qft.preparation import inner_model, prepared, recompute_lowest
 from qft.progress import human_bytes
+from qft.random_state import RandomState
 
 # bytes of optimizer states for each trained number
 STATE_BYTES = {"adamw": 8, "sgd": 4, "adafactor": 0.1, "adamw-8bit": 2.1, "paged-adamw": 0,
@@ -51,16 +51,16 @@ def keep_what_fits(
     assert state is not None
     offload = state.offload
 
-    def needed(kept: int) -> int:
+    def needed(kept: int) -> int | Shortage:
         recompute_lowest(inner, layers - kept, offload)
-        return _needed(model, step, optimizer)
+        return _needed(model, step, optimizer, budget_bytes)
 
-    fits, too_many, taken = 0, layers + 1, needed(0)
-    _require_within(taken, budget_bytes, "with every layer recomputed")
+    fits, too_many = 0, layers + 1
+    taken = _within(needed(0), budget_bytes, "with every layer recomputed")
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         bytes_needed = needed(middle)
-        if bytes_needed <= budget_bytes:
+        if isinstance(bytes_needed, int):
             fits, taken = middle, bytes_needed
         else:
             too_many = middle
@@ -101,11 +101,12 @@ def keep_if_roomy(
     gradients = sum(p.nbytes for p in trained)
     with Meter(model) as held:
         pass
-    activations = _needed(model, step, optimizer) - states - gradients
-    activations -= held.reading().static_bytes
-    taken = int(max(1.0, scale) * max(0, activations)) + states + gradients
-    if taken <= ROOM * free_bytes:
-        return taken
+    needed = _needed(model, step, optimizer, held.reading().static_bytes + free_bytes)
+    if isinstance(needed, int):
+        activations = needed - states - gradients - held.reading().static_bytes
+        taken = int(max(1.0, scale) * max(0, activations)) + states + gradients
+        if taken <= ROOM * free_bytes:
+            return taken
     recompute_lowest(inner, layers, "none")
     return None
 
@@ -118,27 +119,46 @@ def require_within(
     Raises:
         WillNotFitError: it is more than the budget.
     """
-    taken = _needed(model, step, optimizer)
-    _require_within(taken, budget_bytes, "with memory.checkpointing as it is")
-    return taken
+    needed = _needed(model, step, optimizer, budget_bytes)
+    return _within(needed, budget_bytes, "with memory.checkpointing as it is")
 
 
-def _require_within(taken: int, budget_bytes: int, how: str) -> None:
-    if taken > budget_bytes:
-        raise WillNotFitError(
-            "The longest micro-batch does not fit into memory.budget.",
-            where="memory.budget",
-            found=f"{human_bytes(taken)} needed {how}, {human_bytes(budget_bytes)} allowed",
-            fix="a smaller memory.micro_batch or train.max_length, checkpointing: auto, "
-            "memory.offload, quantize: nf4",
-        )
+def _within(needed: int | Shortage, budget_bytes: int, how: str) -> int:
+    if isinstance(needed, int):
+        return needed
+    numbers = f" ({needed.numbers})" if needed.numbers else ""
+    raise WillNotFitError(
+        "The longest micro-batch does not fit into memory.budget.",
+        where="memory.budget",
+        found=f"more is needed {how}{numbers}; {human_bytes(budget_bytes)} are allowed",
+        fix="a smaller memory.micro_batch or train.max_length, checkpointing: auto, "
+        "memory.offload, quantize: nf4",
+    )
 
 
-def _needed(model: nn.Module, step: Callable[[], object], optimizer: str) -> int:
-    """The most bytes alive in one call of ``step``, which leaves no trace, and the states'."""
-    cuda = device_of(model).type == "cuda"
-    with torch.random.fork_rng(devices=None if cuda else []), Meter(model) as counting:
-        step()
-    model.zero_grad(set_to_none=True)
+def _needed(
+    model: nn.Module, step: Callable[[], object], optimizer: str, allowed: int
+) -> int | Shortage:
+    """The most bytes alive in one call of ``step``, which leaves no trace, and the states'.
+
+    Where that is more than is allowed, what was held when it passed that.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return int(STATE_BYTES[optimizer] * trained) + counting.reading().peak_bytes
+    states = int(STATE_BYTES[optimizer] * trained)
+    random, counting = RandomState.now(), Meter(model, ceiling=allowed - states)
+
+    def metered() -> int | Shortage:
+        try:
+            with counting:
+                step()
+        except WillNotFitError as error:  # of a training step, which knows no smaller one
+            return Shortage(str(error.found))
+        return states + counting.reading().peak_bytes
+
+    made = tried(metered)
+    random.restore()
+    model.zero_grad(set_to_none=True)
+    if isinstance(made, int):
+        return made
+    held = counting.reading().peak.by_category
+    return Shortage(made.message, held={**held, "optimizer": held["optimizer"] + states})

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qft.bench.commands import app as bench
+from qft.bench.recorded import Ledger, RecordedCommand, follow, leave_no_record, made
 from qft.errors import Interrupted, QftError, printable
+from qft.planning.command import plan
 from qft.quiet_libraries import quiet_libraries
+from qft.report.command import report
+from qft.terminal import Json, Quiet, print_lines, print_result, print_rows, print_table
 
 if TYPE_CHECKING:
     from qft.progress import Reporter
+    from qft.recipe import Recipe
 
 app = typer.Typer(
     name="qft",
@@ -24,9 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune language models that almost do not fit, and prove that the result works.",
 )
+app.add_typer(bench, name="bench")
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what --out holds.")]
 Base = Annotated[
     str | None, typer.Option("--base", help="The base model, if it is not where it was.")
@@ -69,21 +73,22 @@ def _fail(error: QftError) -> None:
     raise SystemExit(error.exit_code) from None
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("qft-demo"),
     seed: Annotated[int, typer.Option(help="Of the training.")] = 0,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """The whole main job, offline, in about two minutes on a CPU."""
     from qft.demo.job import run_demo
 
     result = run_demo(out, seed=seed, reporter=_reporter(quiet, as_json))
-    _print(result, as_json, lambda: print(out) if quiet else None)
+    print_result(result, as_json, lambda: print(out) if quiet else None)
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def train(
     recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
     overrides: Annotated[
@@ -107,20 +112,20 @@ def train(
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Fine-tune what a recipe says; `qft recipe` lists every knob."""
-    from qft.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load(recipe, overrides)
     if dry_run:
-        _print(loaded.to_dict(), as_json, lambda: print(loaded.to_yaml(), end=""))
+        leave_no_record()
+        print_result(loaded.to_dict(), as_json, lambda: print(loaded.to_yaml(), end=""))
         return
     if folds is not None:
         from qft.folds import train_folds
 
         reporter = _reporter(quiet, as_json)
         summary = train_folds(loaded, folds, overwrite=overwrite, reporter=reporter)
-        _print(summary, as_json, lambda: _show_folds(summary))
+        print_result(summary, as_json, lambda: _show_folds(summary))
         return
     from qft.training import train as run
 
@@ -130,10 +135,11 @@ def train(
         overwrite=overwrite,
         reporter=_reporter(quiet, as_json),
     )
-    _print(result.report, as_json, lambda: print(result.folder))
+    made(result.folder / "adapter")
+    print_result(result.report, as_json, lambda: print(result.folder))
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def teach(
     recipe: Annotated[Path, typer.Argument(help="The recipe (YAML).")],
     overrides: Annotated[
@@ -141,16 +147,16 @@ def teach(
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Run a recipe's teacher once and keep what its student needs."""
     from qft.distillation.teach import teach as run
-    from qft.recipe import load_recipe
 
-    report = run(load_recipe(recipe, overrides or []), reporter=_reporter(quiet, as_json))
-    _print(report, as_json, lambda: print(report["folder"]))
+    report = run(_load(recipe, overrides), reporter=_reporter(quiet, as_json))
+    print_result(report, as_json, lambda: print(report["folder"]))
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def heal(
     recipe: Annotated[Path, typer.Argument(help="The recipe (YAML), with `prune`.")],
     overrides: Annotated[
@@ -161,15 +167,15 @@ def heal(
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Prune a model, train what is left, merge and export it; the same command goes on."""
     from qft.healing import heal as run
     from qft.healing import table
-    from qft.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = _load(recipe, overrides)
     result = run(loaded, overwrite=overwrite, reporter=_reporter(quiet, as_json))
-    _print(result, as_json, lambda: print("\n".join([*table(result), loaded.output])))
+    print_result(result, as_json, lambda: print("\n".join([*table(result), loaded.output])))
 
 
 @app.command()
@@ -194,10 +200,14 @@ def check(
         for line in lines(report):
             console.print(line)
 
-    _print(report, as_json, show)
+    print_result(report, as_json, show)
 
 
-@app.command("eval")
+app.command(cls=RecordedCommand)(plan)
+app.command()(report)
+
+
+@app.command("eval", cls=RecordedCommand)
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],
     data: Annotated[
@@ -233,6 +243,7 @@ def evaluate(
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Metrics of any model on held-out rows."""
     from qft.scoring import evaluate as run
@@ -256,10 +267,10 @@ def evaluate(
         trust=_trust(allow_pickle, trust_remote_code),
         reporter=_reporter(quiet, as_json),
     )
-    _print(metrics, as_json, lambda: _table(metrics))
+    print_result(metrics, as_json, lambda: print_table(metrics))
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def generate(
     source: Annotated[str, typer.Argument(help="A run, adapter, model, GGUF export or hub id.")],
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="May be repeated.")],
@@ -278,6 +289,7 @@ def generate(
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Text from any model."""
     from qft.data.language import plain_prompt
@@ -299,7 +311,7 @@ def generate(
         chat=chat,
     )
     rows = [{"prompt": p, "text": t} for p, t in zip(prompt, texts, strict=True)]
-    _print(rows, as_json, lambda: _plain_texts(texts))
+    print_result(rows, as_json, lambda: print_lines(texts))
 
 
 @app.command()
@@ -368,7 +380,7 @@ def _numbers(text: str | None) -> list[float] | None:
                           fix="1,-0.5") from None  # fmt: skip
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def merge(
     sources: Annotated[
         list[str], typer.Argument(help="Runs, checkpoints or adapter folders; several become one.")
@@ -406,6 +418,7 @@ def merge(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Fold an adapter, or several together, into the base, streamed by blocks of rows."""
     from qft.export.delivery import merge as run
@@ -430,10 +443,10 @@ def merge(
         overwrite=overwrite,
         reporter=_reporter(quiet, as_json),
     )
-    _print(report, as_json, lambda: print(out))
+    print_result(report, as_json, lambda: print(out))
 
 
-@app.command("export")
+@app.command("export", cls=RecordedCommand)
 def export_model(
     source: Annotated[str, typer.Argument(help="A run, an adapter or a model folder.")],
     out: Out,
@@ -469,6 +482,7 @@ def export_model(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Write a small model for another runtime, and check that it still works."""
     from qft.export.delivery import export as run
@@ -491,7 +505,7 @@ def export_model(
         overwrite=overwrite,
         reporter=_reporter(quiet, as_json),
     )
-    _print(report, as_json, lambda: print(out))
+    print_result(report, as_json, lambda: print(out))
 
 
 @app.command()
@@ -500,10 +514,10 @@ def formats(as_json: Json = False) -> None:
     from qft.export.format_table import format_table
 
     rows = format_table()
-    _print(rows, as_json, lambda: _show_formats(rows))
+    print_result(rows, as_json, lambda: _show_formats(rows))
 
 
-@app.command("verify")
+@app.command("verify", cls=RecordedCommand)
 def verify_model(
     reference: Annotated[str, typer.Argument(help="What was trained: a run, adapter or model.")],
     artefact: Annotated[str, typer.Argument(help="What was made of it: a model or GGUF export.")],
@@ -529,6 +543,7 @@ def verify_model(
     strategy: Named = None,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Check that an artefact still is the model that was trained; exit 5 where it is not."""
     from qft.verification.proof import verify as run
@@ -546,13 +561,13 @@ def verify_model(
         out=out,
         reporter=_reporter(quiet, as_json),
     )
-    _print(report, as_json, lambda: None)
+    print_result(report, as_json, lambda: None)
 
 
 _METHODS = "depth, width; magnitude, wanda, sparsegpt set weights to zero."
 
 
-@app.command()
+@app.command(cls=RecordedCommand)
 def prune(
     source: Annotated[str, typer.Argument(help="A model folder or hub id, not quantized.")],
     method: Annotated[str, typer.Option("--method", "-m", help=_METHODS)] = "depth",
@@ -613,6 +628,7 @@ def prune(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    ledger: Ledger = None,
 ) -> None:
     """Make a model smaller: fewer layers, or narrower ones; or set weights to zero."""
     from qft.pruning.prune import prune as run
@@ -644,7 +660,7 @@ def prune(
         overwrite=overwrite,
         reporter=_reporter(quiet, as_json),
     )
-    _print(result, as_json, lambda: _show_pruned(result, out, quiet))
+    print_result(result, as_json, lambda: _show_pruned(result, out, quiet))
 
 
 @app.command()
@@ -661,40 +677,7 @@ def strategies(
     from qft.strategy_table import strategy_table
 
     rows = strategy_table(model, task)
-    _print(rows, as_json, lambda: _show_strategies(rows))
-
-
-bench = typer.Typer(no_args_is_help=True, help="Memory and throughput, measured.")
-app.add_typer(bench, name="bench")
-
-
-@bench.command()
-def step(
-    shape: Annotated[str, typer.Option(help="A built-in shape, or a config.json.")],
-    length: Annotated[int, typer.Option("--seq", min=1, help="Tokens a sequence.")] = 2048,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences in one forward pass.")] = 1,
-    rank: Annotated[int, typer.Option(min=1, help="Of LoRA on all linear layers.")] = 16,
-    quantize: Annotated[str, typer.Option(help="none, nf4, fp4 or int8.")] = "none",
-    checkpointing: Annotated[str, typer.Option(help="none, full, or a number of layers.")] = "full",
-    offload: Annotated[str, typer.Option(help="none or host.")] = "none",
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw-8bit or sgd.")] = "adamw",
-    labels: Annotated[float, typer.Option(min=0, max=1, help="Share that has a label.")] = 1.0,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--with", help="tiled_mlp, host_embeddings, int8_head; may be repeated."),
-    ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="PEFT's way, without the engine.")] = False,
-    as_json: Json = False,
-) -> None:
-    """The bytes and FLOPs of a training step at true scale: no weights, no GPU, seconds."""
-    from qft.bench.command import meter_and_describe
-
-    row = meter_and_describe(
-        shape=shape, length=length, batch=batch, rank=rank, quantize=quantize,
-        checkpointing=checkpointing, offload=offload, optimizer=optimizer, label_share=labels,
-        options=option or [], plain=plain,
-    )  # fmt: skip
-    _print(row, as_json, lambda: _show_step(row))
+    print_result(rows, as_json, lambda: _show_strategies(rows))
 
 
 @app.command()
@@ -703,7 +686,7 @@ def env(as_json: Json = False) -> None:
     from qft.hardware import environment
 
     values = environment()
-    _print(values, as_json, lambda: _table(values))
+    print_result(values, as_json, lambda: print_table(values))
 
 
 @app.command()
@@ -720,31 +703,20 @@ def _show_pruned(result: dict[str, Any], out: Path | None, quiet: bool) -> None:
     from qft.pruning.tables import choices, summary
 
     if "choices" in result:
-        _show_rows(choices(result))
+        print_rows(choices(result))
         return
     if not quiet:
-        _show_rows(summary(result))
+        print_rows(summary(result))
     print(out)
 
 
-def _show_rows(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(f"{cell:>{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    """A recipe to follow, which the record of the command names."""
+    from qft.recipe import load_recipe
 
-
-def _show_step(row: dict[str, Any]) -> None:
-    from qft.progress import human_bytes
-
-    _table({
-        "static": f"{human_bytes(row['static_bytes'])}: weights and adapters",
-        "resident": f"{human_bytes(row['resident_bytes'])}: with gradients and optimizer states",
-        "peak": f"{human_bytes(row['peak_bytes'])}, in the {row['peak_phase']} pass",
-        **{f"  {k}": human_bytes(v) for k, v in row["peak_by_category"].items() if v},
-        "a token": f"{row['bytes_per_token_above_resident'] / 1000:,.1f} kB above resident",
-        "on the host": human_bytes(row["host_peak_bytes"]),
-        "FLOPs": f"{row['flops'] / 1e12:,.2f} T",
-    })  # fmt: skip
+    loaded = load_recipe(recipe, overrides or [])
+    follow(loaded)
+    return loaded
 
 
 def _reporter(quiet: bool, as_json: bool) -> Reporter:
@@ -788,31 +760,6 @@ def _columns(pairs: list[str] | None) -> dict[str, str | int]:
             raise typer.BadParameter(f"{pair!r} is not role=name")
         columns[role] = int(name) if name.isdigit() else name
     return columns
-
-
-def _print(value: Any, as_json: bool, otherwise: Callable[[], None]) -> None:
-    if as_json:
-        from qft.files import json_ready
-
-        print(json.dumps(json_ready(value), indent=2, ensure_ascii=False, default=str))
-    else:
-        otherwise()
-
-
-def _plain_texts(texts: list[str]) -> None:
-    for text in texts:
-        print(printable(text))
-
-
-def _table(values: dict[str, Any], indent: str = "") -> None:
-    width = max((len(key) for key in values), default=0)
-    for key, value in values.items():
-        if isinstance(value, dict):
-            print(f"{indent}{key}")
-            _table(value, indent + "  ")
-        else:
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            print(f"{indent}{key:<{width}}  {shown}")
 
 
 def _show_folds(summary: dict[str, Any]) -> None:

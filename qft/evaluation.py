@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from qft.enforcement import within_budget
 from qft.errors import RecipeError, WillNotFitError
 from qft.judging.classes import ClassJudge
 from qft.judging.judge import Judge
@@ -16,7 +18,9 @@ from qft.judging.spans import SpanJudge
 from qft.judging.tags import TagJudge
 from qft.judging.tokens import TokenJudge
 from qft.lean.model_parts import device_of
-from qft.step import announced, is_out_of_memory
+from qft.micro_batch import MicroBatch
+from qft.out_of_memory import Shortage, tried
+from qft.step import announced, width_of
 
 if TYPE_CHECKING:
     from qft.data.examples import Example, Task
@@ -41,20 +45,20 @@ def evaluate(
     task: Task,
     *,
     pad_token_id: int,
-    micro_batch: int = 8,
+    micro_batch: int | MicroBatch = 8,
     labels: Sequence[str] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> dict[str, float]:
     """Metrics of ``model`` on ``examples``; the order of the examples does not matter.
 
-    Out of memory halves the micro-batch and goes on. No random number is drawn.
+    Where memory runs out, fewer go at once from then on. No random number is drawn.
 
     Args:
         model: plain or wrapped by PEFT, on any device.
         examples: of ``task``, not empty.
         task: says what a label is.
         pad_token_id: see `qft.data.encoding.pad_id`.
-        micro_batch: examples a forward pass.
+        micro_batch: examples a forward pass; a `MicroBatch` remembers what did not fit.
         labels: the classes, to check against the width of the model's answer.
         progress: called with the number of examples just done.
 
@@ -75,31 +79,34 @@ def evaluate(
     # Like lengths together, for little padding. The batches depend on the examples alone.
     ordered = sorted(examples, key=lambda e: (-len(e.inputs["input_ids"]), e.index))
     judge = judge_of(task, labels)
-    device = device_of(model)
+    widths = [width_of([example]) for example in ordered]
+    at_once = micro_batch if isinstance(micro_batch, MicroBatch) else MicroBatch(micro_batch)
     start = 0
     with evaluating(model):
         while start < len(ordered):
-            part = ordered[start : start + micro_batch]
-            try:
-                batch = task.collate(part, pad_token_id)
-                with announced(model, part, batch):
-                    scores = judge.score(model, {k: v.to(device) for k, v in batch.items()}, part)
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if len(part) == 1:
-                    raise _does_not_fit(part[0], error) from error
-                scores = None
-            if scores is None:  # outside the handler, whose traceback holds the activations
-                micro_batch = len(part) // 2
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+            end = start + at_once.count(widths, start)
+            part = ordered[start:end]
+            scores = tried(functools.partial(_score, judge, model, part, task, pad_token_id))
+            if isinstance(scores, Shortage):
+                if not at_once.make_room(widths[start:end], scores):
+                    raise _does_not_fit(part[0], scores)
                 continue
             judge.add(scores)
-            start += len(part)
+            start = end
             if progress is not None:
                 progress(len(part))
+    at_once.went_well()
     return judge.result(ordered)
+
+
+def _score(
+    judge: Judge, model: nn.Module, part: Sequence[Example], task: Task, pad_token_id: int
+) -> Any:
+    batch, device = task.collate(part, pad_token_id), device_of(model)
+    tokens = max(t.numel() for t in batch.values() if t.dim() == 2)
+    labels = task.label_count(batch)
+    with within_budget("evaluate", len(part), tokens, labels), announced(model, part, batch):
+        return judge.score(model, {k: v.to(device) for k, v in batch.items()}, part)
 
 
 def judge_of(task: Task, labels: Sequence[str] | None) -> Judge:
@@ -122,9 +129,10 @@ def judge_of(task: Task, labels: Sequence[str] | None) -> Judge:
             return TokenJudge()
 
 
-def _does_not_fit(example: Example, error: BaseException) -> WillNotFitError:
+def _does_not_fit(example: Example, shortage: Shortage) -> WillNotFitError:
+    numbers = f"; held: {shortage.numbers}" if shortage.numbers else ""
     return WillNotFitError(
         "Not even one example fits into the memory for evaluation.",
-        found=f"{len(example.inputs['input_ids'])} tokens; {(str(error) or 'out of memory'):.200}",
+        found=f"{len(example.inputs['input_ids'])} tokens; {shortage.message}{numbers}",
         fix="a smaller train.max_length, quantize: nf4, or a smaller model",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,13 @@ from qft.data.language import prompt_messages
 from qft.data.messages import Message
 from qft.data.seq2seq import encode_source
 from qft.data.template import Tools, render
-from qft.errors import RecipeError
+from qft.enforcement import within_budget
+from qft.errors import RecipeError, WillNotFitError
 from qft.evaluation import evaluating
 from qft.lean.model_parts import device_of
+from qft.micro_batch import MicroBatch
+from qft.out_of_memory import Shortage, is_out_of_memory, tried
+from qft.random_state import RandomState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -34,7 +39,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
-    micro_batch: int = 8,
+    micro_batch: int | MicroBatch = 8,
     tools: Sequence[Tools] | None = None,
 ) -> list[str]:
     """Continues each prompt; the prompt itself is not in what comes back.
@@ -47,7 +52,8 @@ def generate(
         top_p: the share of the probability to sample from; with a temperature only.
         seed: of the sampling; the ordinary generators are left as they were.
         chat: render a text as the user's turn in the tokenizer's template.
-        micro_batch: prompts at once.
+        micro_batch: prompts at once; where memory runs out, fewer from then on: greedy texts stay
+            the same, drawn ones become others. A `MicroBatch` remembers what did not fit.
         tools: for each prompt the functions that its template shall show, or None.
 
     Returns:
@@ -83,7 +89,7 @@ def continue_tokens(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
-    micro_batch: int = 8,
+    micro_batch: int | MicroBatch = 8,
 ) -> list[list[int]]:
     """Continues tokens with tokens, up to and with the one that ends a text.
 
@@ -93,22 +99,61 @@ def continue_tokens(
 
     Returns:
         The new tokens of each prompt, in their order.
+
+    Raises:
+        WillNotFitError: not even one text fits.
     """
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, chat)
     stops = set(settings.get("eos_token_id", ()))
     written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
+    widths = [len(prompts[i]) + max_new_tokens for i in order]
+    at_once = micro_batch if isinstance(micro_batch, MicroBatch) else MicroBatch(micro_batch)
+    start = 0
     with evaluating(model), _own_randomness(model, seed):
-        for start in range(0, len(order), micro_batch):
-            places = order[start : start + micro_batch]
-            batch = _padded([prompts[i] for i in places], pad_id(tokenizer), model)
-            out = _generate(model, batch, settings)
-            # an encoder-decoder's answer holds no prompt, but the token its decoder begins with
-            new = out[:, 1 if _has_decoder(model) else batch["input_ids"].shape[1] :]
-            for place, ids in zip(places, new.tolist(), strict=True):
+        while start < len(order):
+            random = RandomState.now()
+            places = order[start : start + at_once.count(widths, start)]
+            asked = [prompts[i] for i in places]
+            found = tried(functools.partial(_write, model, tokenizer, asked, settings))
+            if isinstance(found, Shortage):
+                random.restore()
+                if not at_once.make_room(widths[start : start + len(places)], found):
+                    raise _does_not_fit(asked[0], max_new_tokens, found)
+                continue
+            for place, ids in zip(places, found, strict=True):
                 end = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
                 written[place] = ids[:end]
+            start += len(places)
+    at_once.went_well()
     return written
+
+
+def _write(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    settings: dict[str, Any],
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to the longest answer's end."""
+    batch = _padded(prompts, pad_id(tokenizer), model)
+    rows, longest = batch["input_ids"].shape
+    tokens = rows * (longest + settings["max_new_tokens"])
+    with within_budget("generate", rows, tokens, rows):
+        out = _generate(model, batch, settings)
+    # an encoder-decoder's answer holds no prompt, but the token its decoder begins with
+    written: list[list[int]] = out[:, 1 if _has_decoder(model) else longest :].tolist()
+    return written
+
+
+def _does_not_fit(
+    prompt: Sequence[int], max_new_tokens: int, shortage: Shortage
+) -> WillNotFitError:
+    return WillNotFitError(
+        "Not even one text fits into the memory for writing.",
+        found=f"{len(prompt)} tokens and {max_new_tokens} to be written; {shortage.message}",
+        fix="fewer new tokens, a shorter prompt, quantize: nf4, or a smaller model",
+    )
 
 
 def stream_chat(
@@ -169,7 +214,10 @@ def stream_chat(
                     stopping_criteria=StoppingCriteriaList([Asked()]),
                 )
         except BaseException as error:  # carried over to the reader's thread
-            failed.append(error)
+            short = is_out_of_memory(error)
+            failed.append(
+                _does_not_fit(ids, max_new_tokens, Shortage.of(error)) if short else error
+            )
             streamer.on_finalized_text("", stream_end=True)
 
     writer = threading.Thread(target=write, daemon=True)

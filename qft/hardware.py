@@ -91,14 +91,25 @@ def _fast_bfloat16(device: str) -> tuple[bool, str]:
 
 
 def _cpu_flags() -> frozenset[str]:
+    return frozenset(_cpu_says("flags", "Features").split())
+
+
+def _cpu_says(*keys: str) -> str:
+    """What /proc/cpuinfo has for the first of these keys; nothing where there is no such file."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return frozenset()
-    for line in lines:
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(keys)), "")
+
+
+def device_name(device: str) -> str:
+    """The card's or the processor's own name; ``cuda`` where there is no card."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    return _cpu_says("model name") or platform.processor() or device
 
 
 def resident_bytes() -> int:
@@ -110,10 +121,32 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+_peak_before = [0]  # of the times before the kernel's own mark was last set back
+
+
 def peak_resident_bytes() -> int:
     """The most bytes this process ever had in memory."""
+    return max(_peak_before[0], _marked_resident_bytes())
+
+
+def _marked_resident_bytes() -> int:
+    """The most since the kernel's mark was set back, or since the process began."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes_since() -> int | None:
+    """The most bytes in memory since this was last called; None where the system does not tell.
+
+    The kernel's high-water mark is read and set back (Linux: 5 in /proc/self/clear_refs).
+    """
+    peak = _marked_resident_bytes()
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return None
+    _peak_before[0] = max(_peak_before[0], peak)
+    return peak
 
 
 def device_memory(device: str) -> tuple[int, int]:
@@ -132,6 +165,11 @@ def free_memory_bytes(device: str) -> int | None:
         import torch
 
         return int(torch.cuda.mem_get_info()[0])
+    known = [free for free in (_available_bytes(), _free_in_group_bytes()) if free is not None]
+    return min(known, default=None)
+
+
+def _available_bytes() -> int | None:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
@@ -139,6 +177,31 @@ def free_memory_bytes(device: str) -> int | None:
     except OSError:
         pass
     return None
+
+
+_GROUPS = (("memory.max", "memory.current"),  # of a container, version 2 and version 1
+           ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))  # fmt: skip
+
+
+def _free_in_group_bytes(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves; what it uses includes files that could be given up."""
+    for limit, used in _GROUPS:
+        try:
+            allowed = int((root / limit).read_text(encoding="ascii"))
+            taken = int((root / used).read_text(encoding="ascii"))
+            files = _cached_files_bytes((root / limit).with_name("memory.stat"))
+        except (OSError, ValueError):  # no such file, or no limit: "max"
+            continue
+        return max(0, allowed - taken + files)
+    return None
+
+
+def _cached_files_bytes(statistics: Path) -> int:
+    for line in statistics.read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
 
 
 def versions() -> dict[str, str]:

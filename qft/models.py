@@ -107,7 +107,7 @@ def resolve_folder(source: str, trust: Trust | None = None) -> Path:
             raise ModelError("A model is a folder or a .gguf file.", where=source,
                              fix="name the folder it lies in")  # fmt: skip
         return path
-    if not _HUB_ID.match(source):
+    if not is_hub_id(source):
         near = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
         raise ModelError(
             "The model folder does not exist.",
@@ -118,10 +118,15 @@ def resolve_folder(source: str, trust: Trust | None = None) -> Path:
     return _fetch(source, trust)
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether it could be the name of a model on the hub."""
+    return bool(_HUB_ID.match(source))
+
+
 def is_here(source: str) -> bool:
     """Whether a model's weights are on this machine, so that nothing need be fetched."""
     path = Path(source).expanduser()
-    if path.exists() or not _HUB_ID.match(source):
+    if path.exists() or not is_hub_id(source):
         return path.is_dir()
     import huggingface_hub
 

@@ -195,11 +195,13 @@ def recompute_lowest(inner: nn.Module, count: int, offload: Offload) -> None:
     install_checkpointing(inner, choices, place="disk" if offload == "disk" else "host")
 
 
-def _stock_dropouts(inner: Any) -> list[str]:
+def stock_dropouts(model: nn.Module) -> list[str]:
     """The settings by which a model drops attention weights, from the ordinary generator."""
+    inner = inner_model(model)
     config = getattr(inner, "config", None)
     parts = (config, getattr(config, "encoder", None), getattr(config, "decoder", None))
-    names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")
+    names = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop",
+             "dropout_rate")  # fmt: skip
     return [name for name in names if any(getattr(part, name, 0) for part in parts)]
 
 
@@ -224,7 +226,7 @@ def _notes(inner: Any, recompute: bool, asked: Checkpointing, offload: Offload) 
         notes.append("This model cannot recompute its activations; checkpointing stays off.")
     if offload == "host" and device_of(inner).type == "cpu":
         notes.append("The model is on the host already; memory.offload: host saves nothing.")
-    if used := _stock_dropouts(inner):
+    if used := stock_dropouts(inner):
         notes.append(
             f"{used[0]} draws from the ordinary generator: another micro-batch gives "
             "statistically, not bitwise, the same training."

@@ -90,7 +90,13 @@ def unquantized_modules(skeleton: nn.Module, also: Collection[str] = ()) -> list
     """
     output = output_embeddings(skeleton)
     kept = set(head_names(skeleton))
-    kept |= {name for name, module in skeleton.named_modules() if module is output}
+    # and what the family wants in float32 (T5's ``wo``), which transformers leaves as it is
+    precise = set(getattr(skeleton, "_keep_in_fp32_modules", None) or ())
+    kept |= {
+        name
+        for name, module in skeleton.named_modules()
+        if module is output or name.rpartition(".")[2] in precise
+    }
     return sorted(kept | set(also))
 
 

@@ -138,14 +138,14 @@ class Data(Settings):
         return labels
 
 
-_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-def _as_bytes(value: Any) -> Any:
+def as_bytes(value: Any) -> Any:
     """``8GiB`` to bytes; what is no size is left for the error message."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(value), re.IGNORECASE)
     if found:
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+        return int(float(found[1]) * UNITS[found[2].upper()])
     if isinstance(value, int) and value > 0:
         return value
     raise ValueError("not a size: 8GiB, 512MiB or a number of bytes")
@@ -158,9 +158,18 @@ def _as_bound(value: Any) -> Any:
     if value is False:
         return "off"
     try:
-        return _as_bytes("no size" if value is True else value)
+        return as_bytes("no size" if value is True else value)
     except ValueError:
         raise ValueError("auto, off or a size: 8GiB, 512MiB or a number of bytes") from None
+
+
+def _as_budget(value: Any) -> Any:
+    if value in ("auto", None):
+        return value
+    try:
+        return as_bytes(value)
+    except ValueError:
+        raise ValueError("auto or not a size: 8GiB, 512MiB or a number of bytes") from None
 
 
 class SaverSwitches(Settings):
@@ -190,8 +199,10 @@ class Memory(Settings):
         description="layers whose activations are recomputed in the backward pass; auto is none "
         "where half of the free memory surely suffices for that, else full, or what budget allows",
     )
-    budget: Annotated[int, BeforeValidator(_as_bytes)] | None = Field(
-        None, description="8GiB, 512MiB: what a step may hold; checkpointing: auto keeps what fits"
+    budget: Annotated[Literal["auto"] | int, BeforeValidator(_as_budget)] | None = Field(
+        None,
+        description="8GiB, 512MiB: what the training may take beyond the libraries (on a GPU with "
+        "its context), enforced; auto is what is free when it begins; null enforces nothing",
     )
     offload: Literal["none", "host", "disk"] = Field(
         "none", description="where the inputs of recomputed layers wait for the backward pass"
@@ -359,8 +370,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
             found=type(values).__name__,
             fix="begin with the lines `model: …`, `task: …`, `data: …`",
         )
-    for override in overrides:
-        _apply_override(values, override)
+    apply_overrides(values, overrides)
     return build_recipe(values, where=str(path), lines=lines)
 
 
@@ -468,6 +478,16 @@ def _key_lines(root: yaml.Node | None) -> dict[tuple[str, ...], int]:
             found[place] = key.start_mark.line + 1
             waiting.append((value, place))
     return found
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Sets ``key.sub=value`` words in a recipe's plain values.
+
+    Raises:
+        RecipeError: a word is not of that form.
+    """
+    for override in overrides:
+        _apply_override(values, override)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -4,9 +4,11 @@ runs/support-bot/
   recipe.yaml      the resolved recipe, every default written out
   start.json       fingerprints of data and base: what a resumed run must find again
   run.json         versions, device, times, memory, throughput, metrics
+  samples.json     a few training rows with their masks, and notes on the data
   metrics.jsonl    one line a logged step or evaluation
   adapter/         the result, in PEFT's format where it has one
   checkpoints/     what --resume continues from
+  report.html      all of this as one page
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Training, planning, benchmarks and tests all call `accumulate_gradients`; the optimizer's own
 `step()` is left to whoever owns the optimizer. The step receives the examples of one whole
 optimizer step, uncollated, and splits them itself, so that running out of memory is mended here:
-the micro-batch is halved and the same samples are replayed, and the update is the same.
+fewer go at once from then on (`qft.micro_batch`), the same samples are replayed, and the update is
+the same: bit for bit the same dropout, sums in another order.
 
 With several processes (DDP, FSDP2) each is given the same whole step and takes its share. What
 they compute together is what one would have computed alone.
@@ -12,6 +13,7 @@ they compute together is what one would have computed alone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +25,14 @@ from torch import Tensor, distributed, nn
 from qft.data.packing import Row, borders_of, collate_packed, one_row, pack
 from qft.data.seq2seq import target_lengths
 from qft.data.tasks import Example, Task
-from qft.errors import WillNotFitError, first_line
+from qft.enforcement import within_budget
+from qft.errors import WillNotFitError
 from qft.lean.dropout import DropoutClock
 from qft.lean.model_parts import device_of, is_encoder_decoder, uses_flash_attention
+from qft.micro_batch import MicroBatch
+from qft.out_of_memory import Shortage, tried
 from qft.preparation import prepared
+from qft.random_state import RandomState
 from qft.strategy import Strategy
 from qft.task_loss import TaskLoss
 
@@ -94,6 +100,9 @@ class StepLoss(Protocol):
 
 
 LOOSE, PLAIN, ALONE = Layout(), TaskLoss(), Share()
+SMALLER = (
+    "memory.checkpointing: full, quantize: nf4, a smaller train.max_length, or a smaller model"
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,7 @@ class StepResult:
         loss: mean over all supervised items of all processes (scalar, detached, float32).
         items: supervised tokens, or rows for classification, of all processes, like ``tokens``.
         tokens: tokens that are not padding.
-        micro_batch: the micro-batch that fitted.
+        micro_batch: the most rows a forward pass had.
         replays: how often the step began again for lack of memory.
     """
 
@@ -112,7 +121,7 @@ class StepResult:
     items: int
     tokens: int
     micro_batch: int
-    replays: int
+    replays: int = 0
 
 
 def accumulate_gradients(
@@ -121,7 +130,7 @@ def accumulate_gradients(
     task: Task,
     *,
     step: int,
-    micro_batch: int,
+    micro_batch: int | MicroBatch,
     pad_token_id: int,
     strategy: Strategy | None = None,
     backward: Callable[[Tensor], None] = Tensor.backward,
@@ -135,10 +144,11 @@ def accumulate_gradients(
     a micro-batch's mean counts in proportion to the items it holds.
 
     Args:
-        model: prepared or plain, wrapped by DDP or not; its gradients must be empty.
+        model: prepared or plain, wrapped by DDP or not; its gradients must be empty (or zero).
         examples: of the whole step, uncollated.
         step: number of the optimizer step; seeds the dropout masks.
-        micro_batch: examples a forward pass, to begin with.
+        micro_batch: examples a forward pass, to begin with; a `MicroBatch` remembers what did not
+            fit from one step to the next.
         strategy: adds its penalty, if it has one.
         backward: ``accelerator.backward`` in a Trainer.
         loss: what is minimised, where it is not the model's own loss alone.
@@ -146,86 +156,126 @@ def accumulate_gradients(
         share: which part of the examples is this process's.
 
     Raises:
-        WillNotFitError: not even one example fits; with several processes nothing is replayed,
-            since the others would wait.
+        WillNotFitError: not even one example fits; gradients are empty and the random state is as
+            before the step. With several processes nothing is replayed, since the others would
+            wait.
     """
-    micro_batch = max(1, min(micro_batch, len(examples)))
-    replays = 0
-    random = _random_state(model)
+    if not isinstance(micro_batch, MicroBatch):
+        micro_batch = MicroBatch(micro_batch, padded=not layout.flat)
+    passes = _Passes(model, examples, task, step, pad_token_id, strategy, backward, loss, layout,
+                     share)  # fmt: skip
+    random, replays = RandomState.now(), 0
     while True:
-        try:
-            return _attempt(model, examples, task, step, micro_batch, pad_token_id, strategy,
-                            backward, replays, loss, layout, share)  # fmt: skip
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if micro_batch == 1 or share.processes > 1:
-                raise _does_not_fit(examples, error) from error
-        # outside the handler: the traceback holds the activations that did not fit
-        micro_batch = (micro_batch + 1) // 2
-        replays += 1
+        made = tried(functools.partial(passes.run, micro_batch))
+        if isinstance(made, StepResult):
+            micro_batch.went_well()
+            return replace(made, replays=replays)
         model.zero_grad(set_to_none=True)
-        _restore_random_state(model, random)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        random.restore()
+        if share.processes > 1 or not micro_batch.make_room(passes.at_hand, made):
+            raise _does_not_fit(examples, made)
+        replays += 1
 
 
-def _attempt(
-    model: nn.Module,
-    examples: Sequence[Example],
-    task: Task,
-    step: int,
-    micro_batch: int,
-    pad_token_id: int,
-    strategy: Strategy | None,
-    backward: Callable[[Tensor], None],
-    replays: int,
-    loss: StepLoss,
-    layout: Layout,
-    share: Share,
-) -> StepResult:
-    state = prepared(model)
-    device = device_of(model)
-    rows = layout.rows(examples)
-    one = layout.flat or (layout.pack_to is not None and uses_flash_attention(model))
+@dataclass
+class _Passes:
+    """The forward and backward passes of one step; see `accumulate_gradients`.
 
-    def make(chosen: Sequence[Row]) -> _Part:
-        chosen = one_row(chosen) if one else chosen
-        batch = _collate(chosen, task, pad_token_id, layout)
-        return _Part(chosen, batch, loss.items(task, batch), task.label_count(batch))
+    Attributes:
+        at_hand: the widths of the rows that are being computed.
+    """
 
-    parts, total, labels = _parts(rows, micro_batch, share, make)
-    # with a cache, transformers takes positions that begin anew for a continued text
-    extra: dict[str, Any] = {"use_cache": False} if layout.shares_rows else {}
-    chunked = state is not None and state.engine.loss is not None
-    shifted = task.predicts == "tokens" and not is_encoder_decoder(model)
-    loss_sum = torch.zeros((), dtype=torch.float32, device=device)
-    try:
-        for number, part in enumerate(parts):
+    model: nn.Module
+    examples: Sequence[Example]
+    task: Task
+    step: int
+    pad_token_id: int
+    strategy: Strategy | None
+    backward: Callable[[Tensor], None]
+    loss: StepLoss
+    layout: Layout
+    share: Share
+    at_hand: Sequence[int] = ()
+
+    def run(self, micro_batch: MicroBatch) -> StepResult:
+        """All of them, or the error of the one that did not fit."""
+        state, device = prepared(self.model), device_of(self.model)
+        parts, total, labels = self._parts(micro_batch)
+        loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+        try:
+            for number, part in enumerate(parts):
+                self.at_hand = part.widths
+                if state is not None:
+                    announce(state.clock, self.step, part.rows, part.batch, self.layout)
+                more_to_come = number < len(parts) - 1
+                with part.within_budget(), _unsynchronised(self.model, self.share, more_to_come):
+                    loss_sum += self._pass(part, part.items * part.counts / total)
+            if self.share.processes > 1:
+                distributed.all_reduce(loss_sum)
+            penalty = self.strategy.penalty(self.model) if self.strategy is not None else None
+            if penalty is not None:
+                self.backward(penalty)  # the same in every process
+                loss_sum += penalty.detach().float()
+        finally:
             if state is not None:
-                announce(state.clock, step, part.rows, part.batch, layout)
-            inputs = {name: value.to(device) for name, value in part.batch.items()}
-            with _unsynchronised(model, share, number < len(parts) - 1):
-                told = loss.arguments(part.rows, chunked=chunked)
-                output = model(**inputs, **extra, **told)
-                del told
-                mean = loss.of(output, inputs, shifted=shifted)
-                del output  # the logits, where there are any
-                weight = part.items * part.counts / total
-                # gradients are averaged over the processes, and are to be summed
-                backward(mean * (weight * share.processes))
-            loss_sum += mean.detach().float() * weight
-            del mean
-        if share.processes > 1:
-            distributed.all_reduce(loss_sum)
-        if strategy is not None and (penalty := strategy.penalty(model)) is not None:
-            backward(penalty)  # the same in every process
-            loss_sum += penalty.detach().float()
-    finally:
-        if state is not None:
-            state.clock.clear()
-    tokens = sum(len(example.inputs["input_ids"]) for example in examples)
-    return StepResult(loss_sum, labels, tokens, micro_batch, replays)
+                state.clock.clear()
+        tokens = sum(len(example.inputs["input_ids"]) for example in self.examples)
+        most = max((len(part.widths) for part in parts), default=0)
+        return StepResult(loss_sum, labels, tokens, most)
+
+    def _pass(self, part: _Part, weight: float) -> Tensor:
+        """Forward and backward of one micro-batch, which counts ``weight`` of the step."""
+        state, device = prepared(self.model), device_of(self.model)
+        chunked = state is not None and state.engine.loss is not None
+        shifted = self.task.predicts == "tokens" and not is_encoder_decoder(self.model)
+        # with a cache, transformers takes positions that begin anew for a continued text
+        extra: dict[str, Any] = {"use_cache": False} if self.layout.shares_rows else {}
+        inputs = {name: value.to(device) for name, value in part.batch.items()}
+        told = self.loss.arguments(part.rows, chunked=chunked)
+        output = self.model(**inputs, **extra, **told)
+        del told
+        mean = self.loss.of(output, inputs, shifted=shifted)
+        del output  # the logits, where there are any
+        # gradients are averaged over the processes, and are to be summed
+        self.backward(mean * (weight * self.share.processes))
+        return mean.detach().float() * weight
+
+    def _parts(self, micro_batch: MicroBatch) -> tuple[list[_Part], float, int]:
+        """This process's micro-batches; the items and the labels of all processes together.
+
+        One without a label is left out: its mean would be 0 / 0. Every process gets as many.
+        """
+        rows = self.layout.rows(self.examples)
+        own = rows[self.share.rank :: self.share.processes]
+        self.at_hand = [width_of(row) for row in own]
+        split = micro_batch.split(self.at_hand)
+        parts = [self._part(own[part.start : part.stop]) for part in split]
+        parts = [part for part in parts if part.items]
+        if self.share.processes == 1:
+            return parts, sum(part.items for part in parts), sum(part.labels for part in parts)
+        single = [part for part in (self._part([row]) for row in rows) if part.items]
+        if single:
+            most = math.ceil(math.ceil(len(rows) / self.share.processes) / micro_batch.examples)
+            parts += [replace(single[0], counts=0)] * (most - len(parts))
+        return parts, sum(part.items for part in single), sum(part.labels for part in single)
+
+    def _part(self, rows: Sequence[Row]) -> _Part:
+        flash = self.layout.pack_to is not None and uses_flash_attention(self.model)
+        widths = [width_of(row) for row in rows]
+        rows = one_row(rows) if self.layout.flat or flash else rows
+        batch = _collate(rows, self.task, self.pad_token_id, self.layout)
+        items = self.loss.items(self.task, batch)
+        return _Part(rows, widths, batch, items, self.task.label_count(batch))
+
+
+def width_of(row: Row) -> int:
+    """Tokens of a row; of two halves the longer one."""
+    return sum(max(len(e.inputs["input_ids"]), _labels(e)) for e in row)
+
+
+def _labels(example: Example) -> int:
+    labels = example.inputs.get("labels")
+    return len(labels) if isinstance(labels, list) else 0
 
 
 @dataclass(frozen=True)
@@ -233,6 +283,7 @@ class _Part:
     """The rows of one forward pass.
 
     Attributes:
+        widths: of the rows, before some of them were joined.
         items: what its mean loss is a mean over.
         labels: how many there are.
         counts: 0 where the rows are another process's, and are run only because all processes
@@ -240,32 +291,16 @@ class _Part:
     """
 
     rows: Sequence[Row]
+    widths: Sequence[int]
     batch: dict[str, Tensor]
     items: float
     labels: int
     counts: int = 1
 
-
-def _parts(
-    rows: Sequence[Row],
-    micro_batch: int,
-    share: Share,
-    make: Callable[[Sequence[Row]], _Part],
-) -> tuple[list[_Part], float, int]:
-    """This process's micro-batches; the items and the labels of all processes together.
-
-    One without a label is left out: its mean would be 0 / 0. Every process gets as many.
-    """
-    own = rows[share.rank :: share.processes]
-    parts = [make(own[at : at + micro_batch]) for at in range(0, len(own), micro_batch)]
-    parts = [part for part in parts if part.items]
-    if share.processes == 1:
-        return parts, sum(part.items for part in parts), sum(part.labels for part in parts)
-    single = [part for part in (make([row]) for row in rows) if part.items]
-    if single:
-        most = math.ceil(math.ceil(len(rows) / share.processes) / micro_batch)
-        parts += [replace(single[0], counts=0)] * (most - len(parts))
-    return parts, sum(part.items for part in single), sum(part.labels for part in single)
+    def within_budget(self) -> contextlib.AbstractContextManager[None]:
+        """See `qft.enforcement.within_budget`."""
+        tokens = max(t.numel() for t in self.batch.values() if t.dim() == 2)
+        return within_budget("train", sum(map(len, self.rows)), tokens, self.labels)
 
 
 @contextlib.contextmanager
@@ -327,30 +362,11 @@ def announced(
         state.clock.clear()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out, on a GPU or on the CPU."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return "out of memory" in text or "can't allocate memory" in text
-
-
-def _does_not_fit(examples: Sequence[Example], error: BaseException) -> WillNotFitError:
+def _does_not_fit(examples: Sequence[Example], shortage: Shortage) -> WillNotFitError:
     longest = max(len(e.inputs["input_ids"]) for e in examples)
+    numbers = f"; held: {shortage.numbers}" if shortage.numbers else ""
     return WillNotFitError(
         "Not even one example a forward pass fits into the memory.",
-        found=f"the longest of this step has {longest} tokens; {first_line(error)}",
-        fix="memory.checkpointing: full, quantize: nf4, a smaller train.max_length, or a smaller "
-        "model",
+        found=f"the longest of this step has {longest} tokens; {shortage.message}{numbers}",
+        fix=SMALLER,
     )
-
-
-def _random_state(model: nn.Module) -> list[Tensor]:
-    cuda = device_of(model).type == "cuda"
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
-
-
-def _restore_random_state(model: nn.Module, state: list[Tensor]) -> None:
-    torch.set_rng_state(state[0])
-    if len(state) > 1:
-        torch.cuda.set_rng_state(state[1])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 from qft.data.examples import Example
-from qft.step import is_out_of_memory
+from qft.micro_batch import MicroBatch
+from qft.out_of_memory import Shortage, tried
 
 TOKENS = 2048  # at once, padding included
 Made = TypeVar("Made")
@@ -19,39 +21,26 @@ def few_at_once(
     run: Callable[[Sequence[Example]], Made],
     progress: Callable[[int], object] = lambda count: None,
 ) -> list[Made]:
-    """What ``run`` made of each batch; where memory runs out, batches are halved from then on.
+    """What ``run`` made of each batch; where memory runs out, fewer go at once from then on.
 
     Args:
         examples: best of falling length.
         progress: called with the number of examples just done.
+
+    Raises:
+        torch.OutOfMemoryError: not even one example fits.
     """
     made: list[Made] = []
-    start, tokens = 0, TOKENS
+    widths = [len(example.inputs["input_ids"]) for example in examples]
+    at_once, start = MicroBatch(len(examples), tokens=TOKENS), 0
     while start < len(examples):
-        part = examples[start : start + max(1, tokens // _length(examples[start]))]
-        found = _attempt(run, part)
-        if found is None:  # outside the handler, whose traceback holds the activations
-            tokens = _length(part[0]) * (len(part) // 2)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        end = start + at_once.count(widths, start)
+        found = tried(functools.partial(run, examples[start:end]))
+        if isinstance(found, Shortage):
+            if not at_once.make_room(widths[start:end], found):
+                raise torch.OutOfMemoryError(found.message)
             continue
-        made.append(found[0])
-        start += len(part)
-        progress(len(part))
+        made.append(found)
+        progress(end - start)
+        start = end
     return made
-
-
-def _attempt(
-    run: Callable[[Sequence[Example]], Made], part: Sequence[Example]
-) -> tuple[Made] | None:
-    """None where memory ran out and fewer examples at once may help."""
-    try:
-        return (run(part),)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error) or len(part) == 1:
-            raise
-        return None
-
-
-def _length(example: Example) -> int:
-    return len(example.inputs["input_ids"])

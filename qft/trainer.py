@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
-from transformers.trainer_utils import SaveStrategy
 
 from qft import checkpoints
 from qft.data.tasks import Example, Task
+from qft.enforcement import Limit
+from qft.errors import WillNotFitError
 from qft.first_step import FirstStepCheck
 from qft.lean.model_parts import device_of
+from qft.micro_batch import MicroBatch
+from qft.out_of_memory import Shortage, free_idle_memory, tried
 from qft.progress import QUIET, Reporter
 from qft.recipe import Train
-from qft.step import Layout, StepLoss, StepResult, accumulate_gradients
+from qft.rehearsal import allocate_states, left_as_it_was
+from qft.schedule import schedule_factor, training_arguments
+from qft.step import SMALLER, Layout, StepLoss, StepResult, accumulate_gradients
 from qft.strategy import Strategy
 from qft.task_loss import TaskLoss
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
+Suggest = Callable[[], Sequence[str]]
+
+
+def usual_changes() -> Sequence[str]:
+    """What usually helps, where nobody has looked for what would help this very training."""
+    return (SMALLER,)
+
+
+def resume_command(folder: Path) -> str:
+    """Goes on with the run in a folder."""
+    return f"qft train {shlex.quote(str(folder / 'recipe.yaml'))} --resume"
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,7 @@ class Job:
         task: collates and counts.
         examples: the training examples.
         settings: the recipe's `train`.
-        micro_batch: to begin with; halved where memory runs out.
+        micro_batch: to begin with; becomes smaller where memory runs out.
         pad_token_id: fills the right of shorter rows.
         folder: where checkpoints go.
         evaluate: metrics of the model on held-out rows, or None.
@@ -46,13 +64,17 @@ class Job:
         loss: what is minimised, where it is not the model's own loss alone.
         layout: how a step's examples are put into rows.
         reporter: where notes go.
+        longest: the examples of the micro-batch that needs most, rehearsed before the first step;
+            none is no rehearsal.
+        limit: of memory, if any; sees the peaks of every phase.
+        suggest: what would make a training fit that does not, the cheapest change first.
     """
 
     strategy: Strategy
     task: Task
     examples: list[Example]
     settings: Train
-    micro_batch: int
+    micro_batch: MicroBatch
     pad_token_id: int
     folder: Path
     evaluate: Evaluate | None
@@ -60,6 +82,9 @@ class Job:
     loss: StepLoss = field(default_factory=TaskLoss)
     layout: Layout = field(default_factory=Layout)
     reporter: Reporter = QUIET
+    longest: Sequence[Example] = ()
+    limit: Limit | None = None
+    suggest: Suggest = usual_changes
 
 
 class StepBatches(Sampler[list[int]]):
@@ -89,11 +114,20 @@ class StepTrainer(Trainer):
     ) -> None:
         self.job = job
         self.micro_batch = job.micro_batch
+        self.changes: list[str] = []  # of the step at hand, for lack of memory
+        self.micro_batch.told = self.changes.append
         self.last_result: StepResult | None = None
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._batches = StepBatches(len(job.examples), job.settings.batch_size, job.settings.seed)
-        arguments = training_arguments(job, len(self._batches), device_of(model))
+        arguments = training_arguments(
+            job.settings,
+            job.folder,
+            job.evaluate is not None,
+            len(self._batches),
+            device_of(model),
+        )
         own: list[TrainerCallback] = [
+            _Rehearsal(self),
             _Epochs(self._batches),
             FirstStepCheck(model, job.reporter),  # before the strategy may change what trains
             _AfterStep(self),
@@ -138,9 +172,16 @@ class StepTrainer(Trainer):
         """Forward and backward of one whole optimizer step."""
         model.train()
         step = self.state.global_step + 1
-        result = accumulate_gradients(
-            model,
-            self.job.loss.examples(model, inputs, step),
+        self.changes.clear()
+        with self._saved_before_the_end():
+            result = self._gradients(self.job.loss.examples(model, inputs, step), step)
+        self.last_result = result
+        return result.loss
+
+    def _gradients(self, examples: Sequence[Example], step: int) -> StepResult:
+        return accumulate_gradients(
+            self.trained,
+            examples,
             self.job.task,
             step=step,
             micro_batch=self.micro_batch,
@@ -150,9 +191,62 @@ class StepTrainer(Trainer):
             loss=self.job.loss,
             layout=self.job.layout,
         )
-        self.micro_batch = result.micro_batch if result.replays else self.micro_batch
-        self.last_result = result
-        return result.loss
+
+    def rehearse(self) -> None:
+        """Runs the micro-batch that needs most, and leaves no trace; see `qft.rehearsal`.
+
+        Raises:
+            WillNotFitError: not even one example fits.
+        """
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.changes.clear()
+        with left_as_it_was(self.trained, optimizer, self.job.strategy):
+            made = tried(lambda: allocate_states(optimizer))
+            if isinstance(made, Shortage):
+                raise WillNotFitError(
+                    "The optimizer's states do not fit into the memory.",
+                    where="train.optimizer",
+                    found=made.message,
+                    fix="; ".join(self.job.suggest()),
+                )
+            if self.job.settings.batch_size <= self.micro_batch.examples:
+                self.trained.zero_grad(set_to_none=True)  # a step is one micro-batch
+            limit = self.job.limit
+            metered = limit.rehearsed() if limit is not None else contextlib.nullcontext()
+            with self._suggesting("in a rehearsal of the longest rows, before a step"), metered:
+                self._gradients(self.job.longest, self.state.global_step + 1)
+        for sentence in self.changes:
+            self.job.reporter.say(f"memory: before the first step: {sentence}")
+
+    @contextlib.contextmanager
+    def _suggesting(self, where: str, ending: str = "") -> Iterator[None]:
+        """An error for lack of memory says where it was and what would help."""
+        try:
+            yield
+        except WillNotFitError as error:
+            raise WillNotFitError(
+                error.what,
+                where=where,
+                found=error.found,
+                fix="; ".join([*filter(None, [ending]), *self.job.suggest()]),
+            ) from error
+
+    @contextlib.contextmanager
+    def _saved_before_the_end(self) -> Iterator[None]:
+        """What memory ends here can be gone on with from the last complete step."""
+        step, ending = self.state.global_step, ""
+        try:
+            yield
+        except WillNotFitError as error:
+            if step > 0:
+                self.trained.zero_grad(set_to_none=True)
+                free_idle_memory()
+                if not (self.job.folder / f"checkpoint-{step}").is_dir():
+                    self._save_checkpoint(self.trained, None)
+                ending = f"a checkpoint of step {step} is saved; memory.* may change: "
+                ending += f"{resume_command(self.job.folder.parent)} memory.micro_batch=1"
+            with self._suggesting(f"step {step + 1}", ending):
+                raise error
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not estimated: the Trainer's formula knows neither frozen layers nor padding."""
@@ -174,7 +268,8 @@ class StepTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """qft's own evaluation; names carry the prefix ``eval_``."""
         assert self.job.evaluate is not None
-        measured = self.job.evaluate(self.trained)
+        with self._saved_before_the_end():
+            measured = self.job.evaluate(self.trained)
         self._measured = (self.state.global_step, measured)
         metrics = {f"eval_{k}": v for k, v in measured.items()}
         self.log(dict(metrics))
@@ -201,6 +296,15 @@ class StepTrainer(Trainer):
             if here or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
         self._collect_callback_states()
+        limit = self.job.limit
+        with limit.peaks.phase("save") if limit is not None else contextlib.nullcontext():
+            if tried(self._write_checkpoint) is not None:  # gradients can be had again
+                self.trained.zero_grad(set_to_none=True)
+                free_idle_memory()
+                self._write_checkpoint()
+        checkpoints.rotate(self.job.folder, self.job.settings.keep_checkpoints, best)
+
+    def _write_checkpoint(self) -> None:
         checkpoints.save_checkpoint(
             self.job.folder,
             self.state.global_step,
@@ -211,7 +315,6 @@ class StepTrainer(Trainer):
             trainer_state=self.state,
             card=self.job.card,
         )
-        checkpoints.rotate(self.job.folder, self.job.settings.keep_checkpoints, best)
 
     def _collect_callback_states(self) -> None:
         states: Any = self.state.stateful_callbacks
@@ -253,6 +356,20 @@ class _EarlyStopping(EarlyStoppingCallback):
         super().on_train_begin(args, state, control, **kwargs)  # type: ignore[no-untyped-call]
 
 
+class _Rehearsal(TrainerCallback):
+    """Before the first step, of a resumed run as well; the optimizer is there by now."""
+
+    def __init__(self, trainer: StepTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        job, optimizer = self._trainer.job, self._trainer.optimizer
+        if job.limit is not None:
+            job.limit.watch(self._trainer.trained, optimizer, job.settings.optimizer)
+        if job.longest:
+            self._trainer.rehearse()
+
+
 class _Epochs(TrainerCallback):
     """Tells the batches which epoch it is; on resume too."""
 
@@ -271,83 +388,3 @@ class _AfterStep(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.job.strategy.after_step(self._trainer.trained, state.global_step + 1)
-
-
-# the Trainer's name for each, and its settings where the Trainer's own are not the usual ones
-OPTIMIZERS = {
-    "adamw": ("adamw_torch", None),
-    "sgd": ("sgd", "momentum=0.9"),
-    "adafactor": ("adafactor", None),
-    "adamw-8bit": ("adamw_bnb_8bit", None),
-    "paged-adamw": ("paged_adamw_32bit", None),
-    "paged-adamw-8bit": ("paged_adamw_8bit", None),
-}
-
-
-def _optimizer(settings: Train, device: torch.device) -> str:
-    """The Trainer's name; on a CPU the fused AdamW takes a quarter of the other one's time."""
-    if settings.optimizer == "adamw" and device.type == "cpu":
-        return "adamw_torch_fused"
-    return OPTIMIZERS[settings.optimizer][0]
-
-
-def schedule_factor(step: int, settings: Train, total: int) -> float:
-    """Learning rate at ``step`` (from 0) over its peak: warm-up, then the recipe's schedule."""
-    warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total
-    warmup = math.ceil(warmup)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    match settings.schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            return max(0.0, 1.0 - done)
-        case "polynomial":
-            return max(0.0, 1.0 - done) ** 2
-        case "cosine-restarts":
-            part = min(done, 1.0) * settings.cycles
-            within = part - math.floor(part) if done < 1 else 1.0
-            return 0.5 * (1.0 + math.cos(math.pi * within))
-        case "exponential":
-            return float(0.01 ** min(done, 1.0))  # a hundredth of the peak at the end
-        case _:
-            return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
-
-
-def training_arguments(job: Job, steps_an_epoch: int, device: torch.device) -> TrainingArguments:
-    """The Trainer's arguments for a job; only what the overrides above leave to it."""
-    settings = job.settings
-    every = {True: "steps", False: "epoch"}
-    keep_best = bool(settings.early_stopping and job.evaluate)
-    save_every = settings.eval_every if keep_best else settings.save_every
-    arguments = TrainingArguments(
-        output_dir=str(job.folder),
-        per_device_train_batch_size=settings.batch_size,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        optim=_optimizer(settings, device),
-        optim_args=OPTIMIZERS[settings.optimizer][1],
-        eval_strategy=every[settings.eval_every is not None] if job.evaluate else "no",
-        eval_steps=settings.eval_every,
-        save_strategy=SaveStrategy(every[save_every is not None]),
-        save_steps=save_every or steps_an_epoch,
-        load_best_model_at_end=keep_best,
-        metric_for_best_model="eval_loss" if keep_best else None,
-        greater_is_better=False if keep_best else None,
-        logging_strategy="steps",
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        seed=settings.seed,
-        use_cpu=device.type == "cpu",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        log_level="error",
-    )
-    # with several GPUs transformers would wrap in DataParallel, behind the step's back
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments

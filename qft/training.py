@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,45 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from qft import hardware, models
-from qft.budget import keep_if_roomy, keep_what_fits, require_within
 from qft.card import make_card, write_card
 from qft.data.packing import PACKABLE
-from qft.data.tasks import Example, ExampleSet, pad_id
+from qft.data.tasks import ExampleSet, pad_id
 from qft.distillation.cached import CachedTeacher
 from qft.distillation.distilled_loss import DistilledLoss
 from qft.distillation.own_texts import OwnTexts
 from qft.distillation.supply import live_source, settings_in, teacher_layers
 from qft.distillation.teach import TeacherCache
 from qft.distillation.teacher_texts import with_teacher_texts
-from qft.errors import Interrupted, RecipeError
+from qft.enforcement import Limit
+from qft.errors import Interrupted, RecipeError, WillNotFitError, first_line
 from qft.evaluation import evaluate
 from qft.features import Features, cache_features
 from qft.files import new_folder, require_apart, write_json
+from qft.fitting import Fitting
 from qft.inputs import Inputs, open_inputs, require_no_chain, require_possible
-from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.engine import Savers
 from qft.lean.model_parts import device_of
 from qft.lean.noise import install_noise
+from qft.micro_batch import MicroBatch
+from qft.out_of_memory import Shortage, is_out_of_memory
 from qft.packing_check import keeps_apart, require_exact_packing
-from qft.planning.job import first_micro_batch, longest_examples
-from qft.preparation import inner_model, prepare, prepared
+from qft.phase_peaks import PhasePeaks
+from qft.planning.job import first_micro_batch
+from qft.planning.run import RunPlan
+from qft.preparation import prepare, prepared
 from qft.progress import QUIET, Reporter, human_bytes
 from qft.readiness import make_ready
 from qft.recipe import Recipe
 from qft.registry import settings_of
+from qft.report.page import write_report
+from qft.report.samples import write_samples
 from qft.run_folder import create_run_folder, find_start, require_same_start
 from qft.run_watch import RunWatch, interruptible
-from qft.step import Layout, StepLoss, accumulate_gradients
+from qft.step import Layout, StepLoss
 from qft.task_loss import TaskLoss, balanced_weights
-from qft.trainer import Job, StepTrainer
+from qft.trainer import Job, StepTrainer, resume_command, usual_changes
+
+EVALUATED_AT_ONCE = WRITTEN_AT_ONCE = 8  # rows; fewer where memory runs out
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,15 @@ class _Opened:
     features: Features | None
     loss: StepLoss
     lessons: CachedTeacher | None
+    fitting: Fitting
+    limit: Limit
+    plan: RunPlan
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of the model, as the engine prepared it."""
+        state = prepared(self.model)
+        return state.notes if state is not None else ()
 
 
 def train(
@@ -110,7 +126,22 @@ def train(
     set_seed(recipe.train.seed)
     hardware_choice = hardware.choose(recipe.device, recipe.dtype)
     reporter.say(f"device: {hardware_choice.reason}")
-    opened = _open(recipe, hardware_choice, reporter)
+    limit = Limit(recipe.memory.budget, hardware_choice.device)
+    with limit.enforced():
+        return _train(recipe, hardware_choice, limit, folder, start, resume, reporter, callbacks)
+
+
+def _train(
+    recipe: Recipe,
+    chosen: hardware.Hardware,
+    limit: Limit,
+    folder: Path,
+    start: Path | None,
+    resume: bool | str,
+    reporter: Reporter,
+    callbacks: Sequence[TrainerCallback],
+) -> RunResult:
+    opened = _open(recipe, chosen, reporter, limit)
     identity = {
         "data": opened.inputs.train.fingerprint,
         "base": opened.card["base_fingerprint"],
@@ -120,8 +151,11 @@ def train(
         require_same_start(folder, identity)
     else:  # only now: bad data or a bad model must not cost a former run
         create_run_folder(folder, recipe, identity)
+    write_samples(folder, opened.inputs, opened.notes)
     trainer = _make_trainer(recipe, opened, folder, reporter, callbacks)
-    report = _run(trainer, recipe, start, folder, reporter)
+    limit.peaks.enter("train")
+    report = _run(trainer, limit.peaks, start, folder, reporter)
+    limit.peaks.enter(None)
     return _finish(recipe, opened, trainer, report, folder, reporter)
 
 
@@ -136,9 +170,16 @@ def _require_one_process() -> None:
         )
 
 
-def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Opened:
+def _open(
+    recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter, limit: Limit | None = None
+) -> _Opened:
+    limit = limit or Limit(None, chosen.device)
     inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
     ready = make_ready(recipe, inputs)
+    plan = RunPlan(recipe, inputs, ready, chosen.device, limit.budget_bytes, reporter)
+    plan.require_loadable(hardware.free_memory_bytes(chosen.device))
+    limit.peaks.rebase()
+    limit.peaks.enter("load")
     base, skeleton, held = inputs.base, ready.skeleton, ready.held
     lessons = _cached_lessons(recipe, inputs, reporter)  # while the teacher has the memory alone
     if not recipe.strategy.mergeable:
@@ -166,76 +207,20 @@ def _open(recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter) -> _Ope
     parameters = sum(p.numel() for p in skeleton.parameters())
     features = cache_features(recipe, model, inputs, ready.needs, reporter)
     loss = _loss(recipe, model, inputs, lessons, reporter)
-    opened = _Opened(model, inputs, card, parameters, layout, features, loss, lessons)
-    if recipe.memory.budget is not None:
-        _keep_within(recipe, opened, recipe.memory.budget, reporter)
-    elif recipe.memory.checkpointing == "auto" and _recomputes(model):
-        _keep_if_roomy(recipe, opened, reporter)
-    return opened
-
-
-def _keep_within(recipe: Recipe, opened: _Opened, budget: int, reporter: Reporter) -> None:
-    """Keeps to `memory.budget`: checkpointing `auto` lets as many layers keep as there is room."""
-    model, layout = opened.model, opened.layout
-    count = _micro_batch(recipe, opened.features)
-    longest = longest_examples(opened.inputs.train.examples, count, layout.pack_to)
-
-    step = _trial(opened, longest, count)
-    layers = len(checkpointed_layers(inner_model(model)))
-    chosen = ""
-    if recipe.memory.checkpointing == "auto" and layers:
-        kept, taken = keep_what_fits(model, step, budget, recipe.train.optimizer)
-        chosen = f"{kept} of {layers} layers keep their activations; "
-    else:
-        taken = require_within(model, step, budget, recipe.train.optimizer)
-    reporter.say(
-        f"memory: {chosen}the longest micro-batch holds {human_bytes(taken)} of tensors, "
-        f"{human_bytes(budget)} are allowed"
+    micro_batch = MicroBatch(
+        first_micro_batch(recipe, features is not None and features.pooled),
+        padded=not layout.flat,
     )
-
-
-def _keep_if_roomy(recipe: Recipe, opened: _Opened, reporter: Reporter) -> None:
-    """Without a budget, checkpointing `auto` recomputes only where memory could become scarce."""
-    model, inputs, layout = opened.model, opened.inputs, opened.layout
-    count = _micro_batch(recipe, opened.features)
-    ordered = sorted(inputs.train.examples, key=lambda e: len(e.inputs["input_ids"]))
-    ordinary = ordered[len(ordered) // 2]
-    longest = longest_examples(ordered, count, layout.pack_to)
-    most = max(len(e.inputs["input_ids"]) for e in longest) * count
-    if layout.shares_rows:
-        most = sum(len(e.inputs["input_ids"]) for e in longest)
-    taken = keep_if_roomy(
-        model,
-        _trial(opened, [ordinary], 1),
-        most / len(ordinary.inputs["input_ids"]),
-        hardware.free_memory_bytes(device_of(model).type),
-        recipe.train.optimizer,
+    fitting = Fitting(
+        recipe, model, inputs, layout, loss, micro_batch, limit.tensor_bytes, reporter
     )
-    if taken is None:
-        reporter.say(
-            "memory: activations are recomputed, since keeping them could take more than half of "
-            "what is free; memory.budget sets another limit"
-        )
-    else:
-        reporter.say(f"memory: activations are kept, for at most {human_bytes(taken)}")
-
-
-def _trial(opened: _Opened, examples: Sequence[Example], count: int) -> Callable[[], object]:
-    """A forward and a backward pass of these examples."""
-    return lambda: accumulate_gradients(
-        opened.model,
-        examples,
-        opened.inputs.task,
-        step=0,
-        micro_batch=count,
-        pad_token_id=pad_id(opened.inputs.tokenizer),
-        loss=opened.loss,
-        layout=opened.layout,
+    with plan.advising():
+        fitting.decide()
+    with limit.peaks.aside():  # what planning leaves behind is no part of the run
+        plan.predict(model, fitting.rows_at_most)
+    return _Opened(
+        model, inputs, card, parameters, layout, features, loss, lessons, fitting, limit, plan
     )
-
-
-def _micro_batch(recipe: Recipe, features: Features | None) -> int:
-    return first_micro_batch(recipe, features is not None and features.pooled)
 
 
 def _layout(recipe: Recipe, model: nn.Module, inputs: Inputs, extends_sequence: bool) -> Layout:
@@ -257,13 +242,6 @@ def _install_noise(model: Any, alpha: float) -> None:
     state = prepared(model)
     assert state is not None
     install_noise(model.get_input_embeddings(), state.clock, alpha)
-
-
-def _recomputes(model: nn.Module) -> bool:
-    """Whether its layers recompute, with their inputs on the device."""
-    state = prepared(model)
-    assert state is not None
-    return state.offload == "none" and bool(checkpointed_layers(inner_model(model)))
 
 
 def _say_trainable(model: nn.Module, reporter: Reporter, chosen: bool) -> None:
@@ -316,17 +294,20 @@ def _make_trainer(
 ) -> StepTrainer:
     pad = pad_id(opened.inputs.tokenizer)
     held_out = opened.inputs.held_out
+    at_once = MicroBatch(EVALUATED_AT_ONCE, told=lambda what: reporter.say(f"evaluation: {what}"))
 
     def held_out_metrics(model: nn.Module) -> dict[str, float]:
         assert held_out is not None
         features = opened.features
         cached = features.of_held_out() if features else contextlib.nullcontext()
-        with cached, reporter.bar("evaluate", len(held_out.examples)) as bar:
+        phase = opened.limit.peaks.phase("evaluate")
+        with cached, phase, reporter.bar("evaluate", len(held_out.examples)) as bar:
             return evaluate(
                 model,
                 held_out.examples,
                 opened.inputs.task,
                 pad_token_id=pad,
+                micro_batch=at_once,
                 labels=held_out.labels,
                 progress=bar.advance,
             )
@@ -336,7 +317,7 @@ def _make_trainer(
         task=opened.inputs.task,
         examples=opened.inputs.train.examples,
         settings=recipe.train,
-        micro_batch=_micro_batch(recipe, opened.features),
+        micro_batch=replace(opened.fitting.micro_batch, relieve=opened.fitting.recompute_all),
         pad_token_id=pad,
         folder=folder / "checkpoints",
         evaluate=held_out_metrics if held_out is not None else None,
@@ -344,6 +325,9 @@ def _make_trainer(
         loss=opened.loss,
         layout=opened.layout,
         reporter=reporter,
+        longest=opened.fitting.longest(),
+        limit=opened.limit,
+        suggest=lambda: opened.plan.suggestions() or usual_changes(),
     )
     return StepTrainer(opened.model, job, list(callbacks))
 
@@ -373,7 +357,13 @@ def _loss(
     own_texts = None
     if settings.on_policy:
         train = recipe.train
-        own_texts = OwnTexts(settings, inputs.tokenizer, train.max_length, train.seed)
+        own_texts = OwnTexts(
+            settings,
+            inputs.tokenizer,
+            train.max_length,
+            train.seed,
+            MicroBatch(WRITTEN_AT_ONCE, told=lambda what: reporter.say(f"own texts: {what}")),
+        )
     return DistilledLoss(
         own, settings, source, inputs.task, model, pairs, inputs.train.labels_are, own_texts
     )
@@ -388,15 +378,15 @@ def _task_loss(recipe: Recipe, training: ExampleSet) -> TaskLoss:
 
 
 def _run(
-    trainer: StepTrainer, recipe: Recipe, start: Path | None, folder: Path, reporter: Reporter
+    trainer: StepTrainer, peaks: PhasePeaks, start: Path | None, folder: Path, reporter: Reporter
 ) -> dict[str, Any]:
     """Runs the loop under a progress bar; Ctrl-C ends the step, saves, and says how to go on."""
     device = device_of(trainer.trained).type
-    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter)
+    watcher = RunWatch(trainer, folder / "metrics.jsonl", device, reporter, peaks)
     trainer.add_callback(watcher)
     before = _begin_measuring(device)
     try:
-        with interruptible(watcher):
+        with interruptible(watcher), out_of_memory_explained(folder):
             result = trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         watcher.close()
@@ -404,7 +394,7 @@ def _run(
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step}; a checkpoint is saved.",
             where=folder,
-            fix=f"qft train {shlex.quote(str(folder / 'recipe.yaml'))} --resume",
+            fix=resume_command(folder),
         )
     return {
         "steps": trainer.state.global_step,
@@ -414,11 +404,34 @@ def _run(
         "tokens": watcher.tokens,
         "tokens_per_second": watcher.tokens / max(watcher.seconds, 1e-9),
         "supervised_items": watcher.items,
-        "micro_batch": trainer.micro_batch,
+        "micro_batch": trainer.micro_batch.examples,
+        "micro_batch_tokens": trainer.micro_batch.tokens,
         "replays": watcher.replays,
-        "measured_peak_bytes": max(before, hardware.device_memory(device)[1]),
+        "out_of_memory": watcher.shortages,
+        "measured_peak_bytes": max(before, peaks.process_peak_bytes()),
         "bytes_before_training": before,
     }
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(folder: Path) -> Iterator[None]:
+    """Outside of forward and backward passes nothing can be replayed.
+
+    Raises:
+        WillNotFitError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise WillNotFitError(
+            "Memory ran out between a step's passes, where nothing can be replayed.",
+            where=folder,
+            found=Shortage.of(error).message,
+            fix=f"a smaller memory.budget or memory.micro_batch leaves more room; the newest "
+            f"checkpoint is as it was: {resume_command(folder)}",
+        ) from error
 
 
 def _begin_measuring(device: str) -> int:
@@ -435,11 +448,15 @@ def _finish(
     folder: Path,
     reporter: Reporter,
 ) -> RunResult:
-    with new_folder(folder / "adapter", overwrite=True) as temporary:
+    peaks = opened.limit.peaks
+    with peaks.phase("save"), new_folder(folder / "adapter", overwrite=True) as temporary:
         recipe.strategy.save(trainer.trained, temporary)
         write_card(temporary, opened.card)
     metrics = trainer.final_metrics()
     trainer.trained.eval()
+    measured = peaks.report()
+    planned = opened.plan.as_dict()  # as it was foretold, before this run teaches its lesson
+    opened.plan.keep(measured, report["steps"], report["train_seconds"])
     chosen = hardware.choose(recipe.device, recipe.dtype)
     full = {
         "task": recipe.task,
@@ -453,12 +470,18 @@ def _finish(
         "quantize": opened.card["quantize"],
         "parameters": opened.parameters,
         "trained_parameters": _count_trained(trainer.trained),
+        "mergeable": recipe.strategy.mergeable,
         "versions": hardware.versions(),
         "feature_cache": opened.features.place if opened.features else None,
         "training": report,
+        "budget_bytes": opened.limit.budget_bytes,
+        "bytes_before_loading": peaks.baseline_bytes,
+        "measured": measured,
+        "plan": planned,
         "metrics": metrics,
     }
     write_json(folder / "run.json", full)
+    _write_page(folder, reporter)
     reporter.say(
         f"done: {report['steps']} steps, {report['tokens_per_second']:.0f} tokens/s, "
         f"peak memory {human_bytes(report['measured_peak_bytes'])}"
@@ -470,3 +493,10 @@ def _finish(
     if opened.lessons is not None:
         opened.lessons.close()
     return RunResult(folder, metrics, full, trainer.trained)
+
+
+def _write_page(folder: Path, reporter: Reporter) -> None:
+    try:
+        write_report(folder)
+    except Exception as error:  # the training is done, and must not fail for its picture
+        reporter.say(f"note: no report.html was written: {first_line(error)}")

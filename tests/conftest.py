@@ -12,6 +12,7 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["QFT_LEDGER"] = "off"  # the user's own ledger is not for tests; subprocesses heed it too
 
 
 @pytest.fixture(scope="session")

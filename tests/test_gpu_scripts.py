@@ -23,6 +23,7 @@ import gpu_rows  # noqa: E402
 import gpu_sides  # noqa: E402
 import largest_context  # noqa: E402
 import peft_row  # noqa: E402
+import plan_accuracy  # noqa: E402
 import run_all  # noqa: E402
 import throughput  # noqa: E402
 from gpu_models import Case, random_model  # noqa: E402
@@ -31,7 +32,7 @@ SCRIPTS = sorted(FOLDER.glob("*.py"))
 MAY = {"torch", "transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "tokenizers"}
 PEERS = {"unsloth", "liger_kernel", "torchtune"}
 ENGINE = ("qft.lean", "qft.preparation", "qft.quantization", "qft.bench.shapes",
-          "qft.bench.fake_model")  # fmt: skip
+          "qft.bench.fake_model", "qft.planning.cuda_allocator")  # fmt: skip
 TINY = ["--device", "cpu", "--dtype", "float32", "--in-process"]
 
 
@@ -82,7 +83,7 @@ print("qft:", sorted(name for name in sys.modules if name.startswith(("qft", "ad
     assert done.returncode == 0, done.stderr
     opened, loaded = done.stdout.strip().splitlines()
     assert "reason" not in opened
-    allowed = {"qft", "qft.attention_interface", "qft.bench", "qft.errors"}
+    allowed = {"qft", "qft.attention_interface", "qft.bench", "qft.errors", "qft.planning"}
     found = set(ast.literal_eval(loaded.removeprefix("qft: ")))
     assert {name for name in found - allowed if not name.startswith(ENGINE)} == set()
 
@@ -333,6 +334,67 @@ def test_peaks_of_the_engines_sides_can_be_predicted(tmp_path: Path):
     assert plain["p50"] is None
     workspace = largest_context.WORKSPACE_BYTES
     assert workspace < offloaded["allocated_peak_bytes"] <= plain["allocated_peak_bytes"]
+
+
+def test_what_the_planner_says_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tiny = Case("tiny", quantize="nf4", length=64, device="none")
+    plans = [plan_accuracy.Plan(tiny), plan_accuracy.Plan(tiny, "full", "none")]
+    plans[1] = replace(plans[1], case=replace(tiny, quantize="none"))
+    monkeypatch.setattr(plan_accuracy, "plans", lambda *_: plans)
+    asked = ["--predict", "--shapes", "tiny", "--out", str(tmp_path)]
+    assert plan_accuracy.main(asked) == 0
+    lora, full = rows_of(tmp_path, "plan_accuracy")
+    assert set(gpu_rows.FIELDS) <= set(lora)
+    assert lora["predicted"]
+    assert lora["settings"]["strategy"] == "lora"
+    assert full["predicted_by_category"]["optimizer"] > lora["predicted_by_category"]["optimizer"]
+    workspace = largest_context.WORKSPACE_BYTES
+    for row in (lora, full):
+        tensors = sum(row["predicted_by_category"].values())
+        assert tensors + workspace <= row["predicted_allocated_bytes"]
+        assert row["predicted_allocated_bytes"] < row["predicted_reserved_bytes"]
+        assert row["within"] is None
+    plan_accuracy.main(asked)
+    assert len(rows_of(tmp_path, "plan_accuracy")) == 2, "what is there is not run again"
+
+
+def test_real_steps_are_compared_with_what_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    case = Case("tiny", length=48, dtype="float32", device="cpu")
+    plans = [plan_accuracy.Plan(case, name) for name in plan_accuracy.STRATEGIES]
+    said = plan_accuracy.predict(plans[0])
+    peaks = {"allocated_peak_bytes": round(said.allocated / 1.029),
+             "reserved_peak_bytes": round(said.reserved / 1.079)}  # fmt: skip
+    monkeypatch.setattr(plan_accuracy, "peaks", lambda device: dict(peaks))
+    rows = gpu_rows.Rows(tmp_path, "plan_accuracy", "cpu")
+    assert plan_accuracy.run(plans[:1], rows, real=True, until=float("inf")) == 0
+    peaks["reserved_peak_bytes"] = round(said.reserved / 1.081)
+    again = gpu_rows.Rows(tmp_path / "again", "plan_accuracy", "cpu")
+    assert plan_accuracy.run(plans[:1], again, real=True, until=float("inf")) == 1
+    good, bad = good_and_bad = rows.known[0], again.known[0]
+    assert (good["within"], bad["within"]) == (True, False)
+    assert good["allocated_error"] == pytest.approx(0.029, abs=1e-4)
+    assert all(row["final_loss"] > 0 for row in good_and_bad)
+    for plan in plans[1:]:  # every strategy takes real steps, and is predicted
+        assert plan_accuracy.measure(plan).get("reason") is None
+        assert plan_accuracy.predict(plan).allocated > 0
+    broken = replace(plans[0], case=replace(case, optimizer="no such"))
+    assert "KeyError" in plan_accuracy.measure(broken)["reason"]
+    assert plan_accuracy.main(["--device", "cpu", "--out", str(tmp_path / "none")]) == 1
+    assert "no CUDA device" in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_planners_cases_and_rows_of_before():
+    cases = plan_accuracy.plans("none")
+    assert len({plan.name for plan in cases}) == len(cases)
+    assert {plan.case.quantize for plan in cases} == {"none", "nf4"}
+    assert {plan.strategy for plan in cases} == set(plan_accuracy.STRATEGIES)
+    lines = plan_accuracy.PAST.read_text(encoding="utf-8").splitlines()
+    past = [plan for line in lines if (plan := plan_accuracy.past_plan(json.loads(line)))]
+    assert len(past) >= 5
+    assert {plan.case.offload for plan in past} == {"none", "host"}
 
 
 def test_a_random_model_is_the_same_each_time_and_on_its_device():

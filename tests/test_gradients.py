@@ -135,7 +135,7 @@ def test_out_of_memory_halves_and_replays_to_the_same_gradients(tiny_llama: Path
     again = accumulate_gradients(
         model, examples(), TASKS["text"], step=1, micro_batch=2, pad_token_id=0, backward=backward
     )
-    assert (again.replays, again.micro_batch) == (1, 1)
+    assert (again.replays, again.micro_batch) == (1, 2)  # the last example was alone: tried again
     assert_equal(gradients(model), expected, 1e-5)
     assert torch.isclose(again.loss, whole.loss)
 

@@ -327,9 +327,9 @@ def test_the_next_file_is_read_while_a_layer_recomputes(monkeypatch: pytest.Monk
     readers: list[threading.Thread] = []
     asked: list[str] = []
 
-    def read(self: Any) -> Tensor:
+    def read(self: Any, room: Tensor) -> Tensor:
         readers.append(threading.current_thread())
-        return plain(self)
+        return plain(self, room)
 
     def begin(self: Any, plain: Any = offload._OnDisk.begin) -> None:
         asked.append(self._path.name)

@@ -11,7 +11,7 @@ import pytest
 
 import qft
 from qft.recipe import Train
-from qft.trainer import OPTIMIZERS, schedule_factor
+from qft.schedule import OPTIMIZERS, schedule_factor
 
 
 def job(folder: Path, model: Path, **train: Any) -> Any:

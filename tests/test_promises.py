@@ -23,10 +23,15 @@ README = REPOSITORY / "README.md"
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
     errors scripts files progress quiet_libraries hardware
+    report.escaping report.numbers report.drawing report.bars report.lines report.story
+    report.figures report.markup report.heading report.outcome report.particulars report.style
+    report.page report.command
+    random_state out_of_memory micro_batch phase_peaks
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
-    lean.checkpointing lean.meter lean.standins lean.label_loss lean.divergence lean.sorted_gap
+    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence
+    lean.sorted_gap
     lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
@@ -35,12 +40,13 @@ _PLACES = """
     data.encoding data.columns data.messages data.readers data.sources data.template data.chat
     data.conversations data.examples data.language data.seq2seq data.classify data.extract
     data.tagging data.embed data.packing
-    data.augment data.splits data.tasks data.preflight inputs shard_store
+    data.augment data.splits data.tasks data.preflight inputs report.samples shard_store
     distillation.bit_packing distillation.likeliest distillation.drawing
-    attention_interface preparation bench.shapes bench.fake_model bench.step bench.command
+    attention_interface preparation bench.shapes bench.fake_model bench.step bench.step_words
     task_loss distillation.lessons distillation.teachers distillation.matching
     distillation.heads distillation.live distillation.supply
-    budget step token_batches checkpoints run_folder first_step trainer run_watch
+    budget enforcement step rehearsal token_batches checkpoints run_folder first_step schedule
+    trainer run_watch
     metrics.answers metrics.entities metrics.texts code_runner code_execution
     judging.judge judging.tokens judging.classes judging.spans judging.tags evaluation
     generation distillation.own_texts distillation.distilled_loss
@@ -58,11 +64,17 @@ _PLACES = """
     pruning.sparse_targets pruning.sparse_layers pruning.sparse_tensors pruning.zeros
     pruning.depth pruning.width pruning.methods pruning.comparison pruning.prune
     pruning.tables
-    readiness planning.amounts planning.job planning.fake_training
-    planning.stored_weights planning.held_model planning.loading planning.evaluating
-    planning.key_values planning.generating planning.caches planning.saving planning.phases
-    planning.shape_source
-    checking training folds
+    readiness planning.amounts planning.flat_rows planning.job planning.skeletons
+    planning.known_values planning.fake_optimizer planning.fake_lessons planning.fake_loss
+    planning.fake_training planning.likeness planning.repetition planning.short_training
+    planning.depth planning.length
+    planning.opening planning.stored_weights planning.held_model planning.loading
+    planning.evaluating planning.key_values planning.generating planning.caches planning.saving
+    planning.phases planning.shape_source planning.changes planning.crossing planning.solver
+    planning.maximize
+    planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
+    planning.forecast planning.run checking fitting training
+    planning.measured_step planning.probe folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
@@ -86,6 +98,10 @@ _PLACES = """
     export.format_table export.right_base export.calibration export.beside export.place
     export.proven export.delivery export healing
     demo.docstrings demo.job
+    bench.scrubbing bench.facts bench.flags bench.ledger_file bench.ledger bench.recorded
+    terminal
+    bench.figures bench.sides bench.compare bench.gate bench.table bench.listing bench.plots
+    bench.repeat bench.commands
     cli
 """
 ORDER = _PLACES.split()
@@ -101,6 +117,7 @@ FRONTS = (
     "metrics",
     "planning",
     "pruning",
+    "report",
     "verification",
 )  # packages that only describe
 

@@ -23,9 +23,11 @@ import qft
 from qft import cli
 from qft.checkpoints import list_checkpoints
 from qft.errors import RecipeError
+from qft.micro_batch import MicroBatch
 from qft.models import ModelSpec, open_model
 from qft.recipe import Train
-from qft.trainer import Job, StepTrainer, schedule_factor
+from qft.schedule import schedule_factor
+from qft.trainer import Job, StepTrainer
 
 ROWS = [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(10)]
 
@@ -110,8 +112,8 @@ def test_weight_decay_spares_biases_and_norms(
         model = open_model(base, ModelSpec(str(base), task=task, dtype=torch.float32, device="cpu"))
         trainer = StepTrainer(
             model,
-            Job(Head(), TASKS[task], [Example(0, {})], Train(weight_decay=0.1), 1, 0, tmp_path,
-                None, {}),
+            Job(Head(), TASKS[task], [Example(0, {})], Train(weight_decay=0.1), MicroBatch(1), 0,
+                tmp_path, None, {}),
         )  # fmt: skip
         decay = {
             id(p): group["weight_decay"]
@@ -179,7 +181,8 @@ def test_the_run_folder(tiny_llama: Path, tmp_path: Path) -> None:
     values = job(tiny_llama, tmp_path, data={"eval_share": 0.3})
     result = train(values)
     assert {p.name for p in result.folder.iterdir()} == {
-        "recipe.yaml", "start.json", "run.json", "metrics.jsonl", "adapter", "checkpoints",
+        "recipe.yaml", "start.json", "samples.json", "run.json", "metrics.jsonl", "report.html",
+        "adapter", "checkpoints",
     }  # fmt: skip
     resolved = yaml.safe_load((result.folder / "recipe.yaml").read_text(encoding="utf-8"))
     assert resolved == qft.build_recipe(values).to_dict()
@@ -288,7 +291,8 @@ def test_resumed_from_a_named_checkpoint_the_log_has_each_step_once(
     after = lines_of(run)
     assert adapter_bytes(run) == adapter
     timeless = [
-        [{k: v for k, v in line.items() if "per_second" not in k and "runtime" not in k}
+        [{k: v for k, v in line.items()
+          if not any(word in k for word in ("second", "runtime", "time", "memory"))}
          for line in lines if "loss" in line]
         for lines in (before, after)
     ]  # fmt: skip

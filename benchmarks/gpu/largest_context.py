@@ -38,7 +38,7 @@ from qft.bench.fake_model import DEVICE, fake_step
 from qft.bench.shapes import SHAPES
 from qft.lean.engine import Savers
 from qft.lean.meter import Reading, meter
-from qft.lean.standins import EightBitAdam, quantize_skeleton
+from qft.lean.standins import BitsAndBytesAdam, quantize_skeleton
 from qft.preparation import Offload, prepare
 from qft.quantization import Scratch
 
@@ -155,7 +155,7 @@ def metered(case: Case, layers: int) -> Reading:
         optimizer = (
             torch.optim.AdamW(trained, foreach=False)
             if case.optimizer == "adamw"
-            else EightBitAdam(trained)
+            else BitsAndBytesAdam(trained)
         )
         ids = torch.zeros(case.batch, case.length, dtype=torch.long, device=DEVICE)
 

@@ -25,13 +25,18 @@ PARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
      ("--shapes", "llama-3.1-8b", "--quantize", "nf4", "--lengths", "2048", "8192",
       "--block-seconds", "1"), 200),
     ("peft_row.py", (), 90),
+    ("plan_accuracy.py", (), 240),
     ("largest_context.py", ("--settings", "leanest", "--caps", "8", "12"), 200),
     ("largest_context.py", ("--settings", "leanest", "--caps", "16", "24"), 300),
     ("throughput.py", ("--shapes", "llama-3.1-8b"), 300),
     ("largest_context.py", ("--settings", "leanest-unrounded", "defaults"), 200),
     ("throughput.py", (), 500),
 )  # fmt: skip
-LIMITED = ("throughput.py", "largest_context.py")  # stop by themselves between two measurements
+LIMITED = (
+    "throughput.py",
+    "largest_context.py",
+    "plan_accuracy.py",
+)  # stop by themselves between two measurements
 
 
 def run_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,36 +52,50 @@ def fill_with_fakes(model: nn.Module, device: str) -> None:
                 module._buffers[name] = made[id(buffer)]
 
 
+@dataclass
+class Rows:
+    """What nobody can see in a fake batch, and transformers makes its masks by.
+
+    Attributes:
+        padded: some row is shorter than the others.
+        packed: rows hold several examples, told apart by their positions alone.
+    """
+
+    padded: bool = False
+    packed: bool = False
+
+
 @contextlib.contextmanager
-def fused_attention(on_cuda: bool = False, *, padded: bool = False) -> Iterator[None]:
+def fused_attention(on_cuda: bool = False, rows: Rows | None = None) -> Iterator[None]:
     """Within it what transformers calls ``sdpa`` is the stand-in, for fake tensors alone.
 
     A mask of ones, or none where nothing is packed, makes transformers leave the mask out; it
     cannot see that in a fake tensor, and is told.
 
     Args:
-        on_cuda: see `qft.lean.standins.FusedKernel`.
-        padded: whether rows are of several lengths, so that the mask is needed.
+        rows: of the batch at hand, which may change; None is rows all of one length.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     plain, plain_mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    told = rows or Rows()
 
     def attend(*args: Any, **kwargs: Any) -> Any:
         with FusedKernel(on_cuda):
             return plain(*args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
-        if padded:
+        known = kwargs.get("attention_mask") is not None
+        if told.padded if known else told.packed:
             return plain_mask(*args, **kwargs)
         kwargs["attention_mask"] = None
         if not kwargs.get("allow_is_bidirectional_skip"):
             kwargs["allow_is_causal_skip"] = True
-        rows = kwargs.pop("batch_size")
+        count = kwargs.pop("batch_size")
         made = plain_mask(*args, batch_size=1, **kwargs)
-        return None if made is None else made.expand(rows, -1, -1, -1)
+        return None if made is None else made.expand(count, -1, -1, -1)
 
     AttentionInterface.register("sdpa", attend)
     AttentionMaskInterface.register("sdpa", mask)

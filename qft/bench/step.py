@@ -19,7 +19,7 @@ from qft.lean.label_loss import CrossEntropy, LogitLoss, Mixed
 from qft.lean.meter import CATEGORIES, Reading, meter
 from qft.lean.model_loss import install_model_loss, vocabulary_of
 from qft.lean.model_parts import is_encoder_decoder, writes_text
-from qft.lean.standins import EightBitAdam, quantize_skeleton
+from qft.lean.standins import BitsAndBytesAdam, quantize_skeleton
 from qft.preparation import Checkpointing, Offload, inner_model, prepare, prepared
 from qft.quantization import unquantized_modules
 from qft.strategy import Context, Strategy
@@ -188,7 +188,7 @@ def optimizer_of(model: nn.Module, name: Optimizer) -> torch.optim.Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     match name:
         case "adamw-8bit":
-            return EightBitAdam(trained)
+            return BitsAndBytesAdam(trained)
         case "sgd":
             return torch.optim.SGD(trained, momentum=0.9, foreach=False)
     return torch.optim.AdamW(trained, foreach=False)

@@ -137,6 +137,9 @@ class DistilledLoss:
             chunked: whether the model's forward takes a `qft.lean.model_loss.Teaching`.
         """
         extra = self.own.arguments(rows, chunked=chunked)
+        self._lessons = ()  # of a pass that did not fit
+        if self._taps is not None:
+            self._taps.take()
         self._rows = rows
         self._lessons = self.source.lessons([example for row in rows for example in row])
         if self._taps is not None:

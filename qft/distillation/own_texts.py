@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -19,6 +19,7 @@ from qft.data.examples import Example
 from qft.distillation.objective import DistillSettings
 from qft.generation import continue_tokens
 from qft.lean.model_parts import is_encoder_decoder
+from qft.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,14 @@ class OwnTexts:
     Attributes:
         max_length: tokens of a sequence at most.
         seed: decides which steps, and what is drawn in them: a resumed run draws the same.
+        at_once: how many texts are written together.
     """
 
     settings: DistillSettings
     tokenizer: Any
     max_length: int
     seed: int
+    at_once: MicroBatch = field(default_factory=lambda: MicroBatch(8))
 
     def is_for(self, step: int) -> bool:
         """Whether the student writes in this step."""
@@ -57,6 +60,7 @@ class OwnTexts:
             temperature=1.0,
             seed=hash((self.seed, step)) % 2**31,
             chat=bool(terminators(self.tokenizer)) if self.tokenizer.chat_template else False,
+            micro_batch=self.at_once,
         )
         return [
             self._with_answer(example, prompt, answer, two_halves)

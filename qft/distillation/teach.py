@@ -29,10 +29,10 @@ from qft.errors import Interrupted, ModelError, QftError, RecipeError, WillNotFi
 from qft.feature_identity import stored_order
 from qft.files import explain_write_errors, read_json, require_disk, write_json
 from qft.inputs import Inputs, open_inputs
+from qft.out_of_memory import is_out_of_memory
 from qft.progress import QUIET, Reporter
 from qft.recipe import Recipe
 from qft.shard_store import differences, identities
-from qft.step import is_out_of_memory
 from qft.token_batches import few_at_once
 
 _REPORT = "report.json"

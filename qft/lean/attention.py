@@ -4,6 +4,8 @@ SDPA's CPU kernel is slow in bfloat16, most of all backwards; ordinary batched p
 but keep all scores. Here a tile of queries meets the keys it can see, its scores are gone before
 the next tile comes, and the backward pass makes them again. Several examples may lie in one row:
 each is attended to by itself, so that no work goes into what a mask would hide, or into padding.
+Of fake tensors, which are there to be metered, only those tiles are run that memory depends on;
+what the others would compute is counted.
 
 Sources: Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; making the scores again is from
 Dao et al. 2022, https://arxiv.org/abs/2205.14135.
@@ -11,6 +13,7 @@ Dao et al. 2022, https://arxiv.org/abs/2205.14135.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +64,12 @@ class _Attention(torch.autograd.Function):
         shared = key.shape[1]
         result = query.new_empty(batch, tokens, heads, value.shape[-1])
         scores = _Room(query, key)
-        for row in range(batch):
+        _count_left_out(query, visible, query.shape[-1] + value.shape[-1])
+        for row in _rows(query):
             asked, keys, values = _grouped(query[row], shared), key[row].contiguous(), value[row]
             values = values.contiguous()
             found = query.new_empty(*asked.shape[:2], values.shape[-1])
-            for tile in _tiles(row, visible, heads // shared):
+            for tile in _tiles(row, visible, heads // shared, _is_fake(query)):
                 chances = _chances(asked, keys, scale, tile, scores)
                 found[:, tile.rows] = chances @ values[:, tile.keys]
             result[row].unflatten(1, (shared, -1)).copy_(_ungrouped(found, tokens))
@@ -79,7 +83,8 @@ class _Attention(torch.autograd.Function):
         scale, visible = ctx.settings
         to_query, to_key, to_value = (_like(x) for x in (query, key, value))
         scores = _Room(query, key)
-        for row in range(query.shape[0]):
+        _count_left_out(query, visible, 3 * query.shape[-1] + 2 * value.shape[-1])
+        for row in _rows(query):
             made = _row_backward(row, query, key, value, gradient, scale, visible, scores)
             for whole, part in zip((to_query, to_key, to_value), made, strict=True):
                 whole[row] = part
@@ -95,7 +100,7 @@ def _row_backward(
     values = values.contiguous()
     arriving = _grouped(gradient[row].transpose(0, 1), shared)
     to_asked, to_keys, to_values = (torch.zeros_like(x) for x in (asked, keys, values))
-    for tile in _tiles(row, visible, heads // shared):
+    for tile in _tiles(row, visible, heads // shared, _is_fake(query)):
         rows, seen = tile.rows, tile.keys
         chances = _chances(asked, keys, scale, tile, scores)
         to_values[:, seen].baddbmm_(chances.transpose(1, 2), arriving[:, rows])
@@ -169,17 +174,70 @@ def _like(tensor: Tensor) -> Tensor:
     return tensor.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
-def _tiles(row: int, visible: Visible, heads: int) -> Iterator[_Tile]:
-    for start, end in zip(visible.borders, visible.borders[1:], strict=False):
+def _tiles(row: int, visible: Visible, heads: int, fake: bool) -> Iterator[_Tile]:
+    spans = _spans(visible)
+    for span in _telling(spans) if fake else spans:
+        if visible.mask is None:
+            yield _Tile(span.queries, heads, span.keys, None, visible.causal, False)
+        else:
+            mask = visible.mask[row if visible.mask.shape[0] > 1 else 0, 0]
+            keys, hidden, blind = _seen(mask[span.queries, span.keys], span.keys.start)
+            yield _Tile(span.queries, heads, keys, hidden, False, blind)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """A tile's queries, and the keys that they may see."""
+
+    queries: slice
+    keys: slice
+
+    @property
+    def pairs(self) -> int:
+        """How many scores there are, for one head."""
+        queries, keys = (part.stop - part.start for part in (self.queries, self.keys))
+        return int(queries * keys)
+
+
+def _spans(visible: Visible) -> list[_Span]:
+    found = []
+    for start, end in itertools.pairwise(visible.borders):
         for at in range(start, end, TILE):
-            queries = slice(at, min(end, at + TILE))
-            if visible.mask is None:
-                keys = slice(start, queries.stop if visible.causal else end)
-                yield _Tile(queries, heads, keys, None, visible.causal, False)
-            else:
-                mask = visible.mask[row if visible.mask.shape[0] > 1 else 0, 0]
-                keys, hidden, blind = _seen(mask[queries, start:end], start)
-                yield _Tile(queries, heads, keys, hidden, False, blind)
+            stop = min(end, at + TILE)
+            last = stop if visible.causal and visible.mask is None else end
+            found.append(_Span(slice(at, stop), slice(start, last)))
+    return found
+
+
+# of fake tensors: as many bytes as all tiles of all rows take, and as many products
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
+def _rows(query: Tensor) -> range:
+    """A second row is begun while the first one's tensors are still there; others are like it."""
+    return range(min(2, query.shape[0]) if _is_fake(query) else query.shape[0])
+
+
+def _telling(spans: Sequence[_Span]) -> list[_Span]:
+    """The largest tile, and the last one, whose tensors outlive the loop."""
+    largest = max(spans, key=lambda span: span.pairs)
+    return [largest] if largest == spans[-1] else [largest, spans[-1]]
+
+
+def _count_left_out(query: Tensor, visible: Visible, width: int) -> None:
+    """One product of as many numbers as the tiles have that are not run, of a single element."""
+    if not _is_fake(query):
+        return
+    batch, heads = query.shape[:2]
+    spans = _spans(visible)
+    every = batch * sum(span.pairs for span in spans)
+    run = len(_rows(query)) * sum(span.pairs for span in _telling(spans))
+    numbers = (every - run) * heads * width
+    one = query.new_empty(1, 1, 1)
+    torch.bmm(one.expand(1, 1, numbers), one.expand(1, numbers, 1))
 
 
 def _seen(mask: Tensor, start: int) -> tuple[slice, Tensor, bool]:

@@ -115,14 +115,14 @@ class SeededDropout(nn.Dropout):
         if not self.training or self.p == 0.0:
             return None
         drawn = self._segments(input)
-        if drawn is not None or input.is_meta:
+        if drawn is not None or input.is_meta:  # whose numbers nobody reads
             return Replay(self.p, drawn)
         return Replay(self.p, None, seed=int(torch.randint(2**62, ())))
 
     def _segments(self, input: Tensor) -> Segments | None:
         """Each sample's seed and length; None where the clock does not know the samples."""
         moment = self.clock.moment
-        if moment is None or input.is_meta or not _rows_are_samples(input, moment):
+        if moment is None or not _rows_are_samples(input, moment):
             return None
         return tuple(
             tuple(

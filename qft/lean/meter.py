@@ -28,66 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
-PHASES = ("forward", "backward", "optimizer")
-RESIDENT = ("weights", "adapters", "gradients", "optimizer")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What is alive at one moment, in bytes.
-
-    Attributes:
-        phase: forward, backward or optimizer.
-        by_category: weights (frozen), adapters (trained parameters), gradients, optimizer,
-            activations (made in the forward pass and kept for the backward one), temporary.
-    """
-
-    phase: str
-    by_category: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """All of them together."""
-        return sum(self.by_category.values())
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a metered step held.
-
-    Attributes:
-        peak: the moment at which the device held most.
-        host_peak: the same of the host; equal to nothing where the step runs on the host itself.
-        phases: the fullest moment of each phase, on the device.
-        most: of each category the most bytes it ever had on the device.
-        activation_bytes: kept on the device from the forward pass when the backward pass began.
-        flops: floating-point operations of matrix products and attention, by phase.
-        end_bytes: on the device when the step was over.
-    """
-
-    peak: Snapshot
-    host_peak: Snapshot
-    phases: dict[str, Snapshot]
-    most: dict[str, int]
-    activation_bytes: int
-    flops: dict[str, int]
-    end_bytes: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most bytes alive on the device."""
-        return self.peak.total
-
-    @property
-    def resident_bytes(self) -> int:
-        """Weights, adapters, gradients and optimizer states on the device."""
-        return sum(self.most[category] for category in RESIDENT)
-
-    @property
-    def static_bytes(self) -> int:
-        """Weights and adapters on the device."""
-        return self.most["weights"] + self.most["adapters"]
+from qft.lean.timeline import CATEGORIES as CATEGORIES
+from qft.lean.timeline import PHASES as PHASES
+from qft.lean.timeline import RESIDENT as RESIDENT
+from qft.lean.timeline import Event, Stretch, reading_of
+from qft.lean.timeline import Reading as Reading
+from qft.lean.timeline import Snapshot as Snapshot
 
 
 @dataclass(eq=False)
@@ -105,9 +51,22 @@ class _Log:
     """What happened, in order; kept apart from the meter, so that callbacks hold no mode alive."""
 
     events: list[tuple[_Storage, int]] = field(default_factory=list)  # and the change in bytes
+    device_bytes: int = 0  # alive now
 
     def add(self, storage: _Storage, change: int) -> None:
         self.events.append((storage, change))
+        if storage.on_device:
+            self.device_bytes += change
+
+
+@dataclass
+class _Mark:
+    """Where a stretch begins: the number of its first event; the operations counted in it."""
+
+    event: int
+    phase: str
+    label: Any = None
+    flops: int = 0
 
 
 class Meter(TorchDispatchMode):
@@ -119,6 +78,7 @@ class Meter(TorchDispatchMode):
         optimizer: its states count from the beginning.
         device: which device is metered (a type, such as ``cuda``); all others are the host.
             None is the model's.
+        ceiling: bytes on the device beyond which an operation raises ``torch.OutOfMemoryError``.
     """
 
     def __init__(
@@ -126,8 +86,10 @@ class Meter(TorchDispatchMode):
         model: nn.Module | None = None,
         optimizer: Optimizer | None = None,
         device: str | None = None,
+        ceiling: int | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._ceiling = ceiling
         self._model, self._optimizer, self._device = model, optimizer, device
         if device is None and model is not None:
             self._device = _device_of(model)
@@ -136,9 +98,8 @@ class Meter(TorchDispatchMode):
         self._trained: dict[int, nn.Parameter] = {}
         self._phase = "forward"
         self._in_optimizer = False
-        self._marks: list[tuple[int, str]] = [(0, "forward")]  # event from which a phase lasts
-        self._activation_bytes = 0
-        self._flops = dict.fromkeys(PHASES, 0)
+        self._marks = [_Mark(0, "forward")]
+        self._coming: Any = None  # label of a mark that the next operation sets
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Meter:
@@ -167,12 +128,19 @@ class Meter(TorchDispatchMode):
             hook.remove()
         self._enter_phase("forward")
 
+    def hold(self, tensors: Iterable[Tensor], category: str = "optimizer") -> None:
+        """Counts what no model and no optimizer knows of, such as what a strategy remembers."""
+        for tensor in tensors:
+            self._see(tensor, category)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Every operation passes here, those of the backward pass too."""
         kwargs = kwargs or {}
         self._enter_phase(self._now())
+        if self._coming is not None:
+            self.mark(self._coming)
         for value in tree_leaves((args, kwargs)):
             if isinstance(value, nn.Parameter):
                 self._see_parameter(value)
@@ -182,45 +150,42 @@ class Meter(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._see(value, None)
-        self._flops[self._phase] += _flops(func, args, kwargs, result)
+        self._marks[-1].flops += _flops(func, args, kwargs, result)
+        if self._ceiling is not None and self._log.device_bytes > self._ceiling:
+            raise torch.OutOfMemoryError(
+                f"{self._log.device_bytes:,} bytes of tensors, {self._ceiling:,} are allowed"
+            )
         return result
+
+    def mark(self, label: Any, *, later: bool = False) -> None:
+        """A stretch of the step begins here; see `qft.lean.timeline`.
+
+        Args:
+            later: with the next operation, when what is out of use by then is gone.
+        """
+        self._coming = label if later else None
+        if not later:
+            self._enter_phase(self._now())
+            self._marks.append(_Mark(len(self._log.events), self._phase, label))
 
     def reading(self) -> Reading:
         """What was counted so far."""
+        return reading_of(self.stretches())
+
+    def stretches(self) -> list[Stretch]:
+        """What was counted so far, from mark to mark."""
         self._enter_phase("forward")
-        alive = {True: dict.fromkeys(CATEGORIES, 0), False: dict.fromkeys(CATEGORIES, 0)}
-        most = dict.fromkeys(CATEGORIES, 0)
-        totals = {True: 0, False: 0}
-        peaks: dict[Any, tuple[int, Snapshot]] = {}
-        marks = iter([*self._marks[1:], (len(self._log.events) + 1, "forward")])
-        phase, (border, following) = "forward", next(marks)
-
-        def keep(key: Any, place: bool) -> None:
-            if totals[place] > peaks.get(key, (-1,))[0]:
-                peaks[key] = (totals[place], Snapshot(phase, dict(alive[place])))
-
-        for number, (storage, change) in enumerate(self._log.events):
-            while number >= border:
-                phase, (border, following) = following, next(marks, (border, following))
-                keep(phase, True)
-            place = storage.on_device
-            category = storage.category or "temporary"
-            alive[place][category] += change
-            totals[place] += change
-            if place:
-                most[category] = max(most[category], alive[place][category])
-                keep(phase, True)
-            keep(place, place)
-        empty = Snapshot("forward", dict.fromkeys(CATEGORIES, 0))
-        return Reading(
-            peak=peaks.get(True, (0, empty))[1],
-            host_peak=peaks.get(False, (0, empty))[1],
-            phases={name: peaks.get(name, (0, empty))[1] for name in PHASES},
-            most=most,
-            activation_bytes=self._activation_bytes,
-            flops=dict(self._flops),
-            end_bytes=totals[True],
-        )
+        ends = [*(mark.event for mark in self._marks[1:]), len(self._log.events)]
+        made_in: dict[_Storage, int] = {}
+        made = []
+        for number, (mark, end) in enumerate(zip(self._marks, ends, strict=True)):
+            events = [
+                Event(change, storage.on_device, storage.category or "temporary",
+                      made_in.setdefault(storage, number))
+                for storage, change in self._log.events[mark.event : end]
+            ]  # fmt: skip
+            made.append(Stretch(mark.phase, mark.label, events, mark.flops))
+        return made
 
     def _see(self, tensor: Tensor, category: str | None, before: bool = False) -> _Storage | None:
         """Counts a tensor's storage, once; ``before``: it was there when the meter began."""
@@ -283,18 +248,12 @@ class Meter(TorchDispatchMode):
         if self._phase == "backward":
             self._mark_gradients()
         self._phase = phase
-        self._marks.append((len(self._log.events), phase))
+        self._marks.append(_Mark(len(self._log.events), phase))
 
     def _mark_activations(self) -> None:
         for storage, _ in self._alive.values():
             if storage.category is None and storage.phase == "forward":
                 storage.category = "activations"
-        kept = sum(
-            storage.nbytes
-            for storage, _ in self._alive.values()
-            if storage.category == "activations" and storage.on_device
-        )
-        self._activation_bytes = max(self._activation_bytes, kept)
 
     def _mark_gradients(self) -> None:
         for parameter in self._trained.values():

@@ -23,9 +23,11 @@ def install_noise(embeddings: nn.Module, clock: DropoutClock, alpha: float) -> R
 
     def add(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         moment = clock.moment
-        if not module.training or moment is None or output.is_meta or output.dim() != 3:
+        if not module.training or moment is None or output.dim() != 3:
             return output
         noise = torch.zeros_like(output)
+        if output.is_meta:  # which no generator fills
+            return output + noise
         generator = torch.Generator(device=output.device)
         for row, segments in zip(noise, moment.segments_of(output), strict=True):
             start = 0

@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Place = Literal["host", "disk"]
 PIECE_BYTES = 8 << 20
@@ -304,6 +305,8 @@ class _DiskStore:
 
     def put(self, tensor: Tensor) -> _Kept:
         """Writes a tensor; its file goes with what is returned."""
+        if isinstance(tensor, FakeTensor):  # which has nothing to write
+            return _Nowhere(tensor)
         self._count += 1
         return _OnDisk(Path(self._folder.name) / str(self._count), tensor, self._reader)
 
@@ -324,7 +327,9 @@ class _OnDisk:
 
     def begin(self) -> None:
         if self._coming is None:
-            self._coming = self._reader.submit(self._read)
+            pinned = self._device.type == "cuda"
+            room = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=pinned)
+            self._coming = self._reader.submit(self._read, room)
 
     def take(self) -> Tensor:
         self.begin()
@@ -335,10 +340,33 @@ class _OnDisk:
     def forget(self) -> None:
         self._coming = None
 
-    def _read(self) -> Tensor:
-        pinned = self._device.type == "cuda"
-        data = torch.empty(self._bytes, dtype=torch.uint8, pin_memory=pinned)
+    def _read(self, data: Tensor) -> Tensor:
         with self._path.open("rb") as file:
             if file.readinto(data.numpy().data) != self._bytes:
                 raise OSError(f"{self._path} was cut short")
         return data.view(self._dtype).view(self._shape)
+
+
+class _Nowhere:
+    """See `_Kept`; of a fake tensor, with the memory that a file is read into."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._shape, self._dtype, self._device = tensor.shape, tensor.dtype, tensor.device
+        self._bytes = tensor.nbytes
+        self._coming: Tensor | None = None
+
+    def left(self) -> None:
+        pass
+
+    def begin(self) -> None:
+        if self._coming is None:
+            self._coming = torch.empty(self._bytes, dtype=torch.uint8)
+
+    def take(self) -> Tensor:
+        self.begin()
+        assert self._coming is not None
+        coming, self._coming = self._coming, None
+        return coming.view(self._dtype).view(self._shape).to(self._device)
+
+    def forget(self) -> None:
+        self._coming = None

@@ -12,7 +12,7 @@ read off its source and agrees with peaks that were measured on a GPU (`benchmar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 _BLOCK, _SECOND_BLOCK = 64, 256  # weights a scale, and scales a scale of theirs (QLoRA)
-_TABLES = 4 * (16 + 256)  # what a code of 4 bits stands for, and a scale's of 8: in every layer
 
 
 class FusedKernel(TorchFunctionMode):
@@ -106,23 +105,24 @@ class QuantizedBytes:
     Attributes:
         packed: the numbers themselves.
         scales: 8-bit scales (4 bits, double quantization), or float32 ones a row (int8).
-        scale_scales: float32 scales of the scales, their offset, and the two tables of values.
+        scale_scales: float32 scales of the scales, and their offset.
+        codes: the float32 numbers that 4 bits and those scales stand for; each layer has its own.
     """
 
     packed: int
     scales: int
     scale_scales: int
+    codes: int
 
 
 def quantized_bytes(kind: str, rows: int, columns: int) -> QuantizedBytes:
     """Of a ``[rows, columns]`` weight in ``nf4``, ``fp4`` (double quantization) or ``int8``."""
     count = rows * columns
     if kind == "int8":
-        return QuantizedBytes(count, 4 * rows, 0)
+        return QuantizedBytes(count, 4 * rows, 0, 0)
     blocks = math.ceil(count / _BLOCK)
-    return QuantizedBytes(
-        math.ceil(count / 2), blocks, 4 * math.ceil(blocks / _SECOND_BLOCK) + 4 + _TABLES
-    )
+    second = 4 * math.ceil(blocks / _SECOND_BLOCK) + 4
+    return QuantizedBytes(math.ceil(count / 2), blocks, second, 4 * (16 + 256))
 
 
 class Room(Protocol):
@@ -155,14 +155,19 @@ class QuantizedLinear(nn.Linear):
             "scales", torch.empty(size.scales // scales.itemsize, dtype=scales, device=device)
         )
         self.register_buffer("scale_scales", torch.empty(size.scale_scales // 4, device=device))
+        self.register_buffer("codes", torch.empty(size.codes // 4, device=device))
         self.bias = plain.bias  # type: ignore[assignment]
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """As many bytes as dequantizing takes."""
-        shape, device = (self.out_features, self.in_features), self.weight.device
-        if self.room is not None:
-            return self.room.take(shape, dtype, device)
-        return torch.empty(shape, dtype=dtype, device=device)
+        """As many bytes as dequantizing takes in the engine's own layers."""
+        if self.room is None:
+            return self.fresh(dtype)
+        return self.room.take((self.out_features, self.in_features), dtype, self.weight.device)
+
+    def fresh(self, dtype: torch.dtype) -> Tensor:
+        """As many bytes as bitsandbytes' own layers take, which share no room."""
+        shape = (self.out_features, self.in_features)
+        return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """As bitsandbytes: the weight is dequantized, and not kept for the backward pass."""
@@ -184,11 +189,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
-        return x @ layer.dense(x.dtype).t()
+        return x @ layer.fresh(x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return gradient @ ctx.layer.dense(gradient.dtype), None
+        return gradient @ ctx.layer.fresh(gradient.dtype), None
 
 
 def quantize_skeleton(
@@ -201,11 +206,28 @@ def quantize_skeleton(
             setattr(model.get_submodule(parent), child, QuantizedLinear(module, kind, room))
 
 
-class EightBitAdam(torch.optim.Optimizer):
-    """An optimizer that holds the bytes of bitsandbytes' 8-bit AdamW and changes nothing."""
+class BitsAndBytesAdam(torch.optim.Optimizer):
+    """An optimizer that holds the bytes of bitsandbytes' AdamW and changes nothing.
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    Args:
+        parameters: or groups of them.
+        bits: of the states; what is small, or ``wide``, has 32 all the same.
+        wide: parameters whose states are in 32 bits (those of embeddings, in a Trainer).
+        paged: the large states lie where a GPU fetches them page by page: on the host.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Any],
+        bits: int = 8,
+        *,
+        wide: Collection[nn.Parameter] = (),
+        paged: bool = False,
+    ) -> None:
         super().__init__(list(parameters), {"lr": 0.0})
+        self._bits, self._paged = bits, paged
+        self._wide = {id(parameter) for parameter in wide}
+        self._codes: dict[torch.device, list[Tensor]] = {}  # all states share them
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Makes the states, the first time."""
@@ -217,10 +239,17 @@ class EightBitAdam(torch.optim.Optimizer):
 
     def _state(self, parameter: nn.Parameter, number: str) -> dict[str, Tensor]:
         size, device = parameter.numel(), parameter.device
-        if size < 4096:  # bitsandbytes keeps what is small in 32 bits
-            return {f"state{number}": torch.empty(size, device=device)}
+        place = torch.device("cpu") if self._paged and size >= _PAGED_FROM else device
+        if self._bits == 32 or size < _SMALL or id(parameter) in self._wide:
+            return {f"state{number}": torch.empty(size, device=place)}
+        if device not in self._codes:
+            self._codes[device] = [torch.empty(256, device=device) for _ in range(2)]
         return {
-            f"state{number}": torch.empty(size, dtype=torch.uint8, device=device),
+            f"state{number}": torch.empty(size, dtype=torch.uint8, device=place),
             f"absmax{number}": torch.empty(math.ceil(size / 256), device=device),
-            f"qmap{number}": torch.empty(256, device=device),
+            f"qmap{number}": self._codes[device][int(number) - 1],
         }
+
+
+_SMALL = 4096  # numbers; with fewer the states have 32 bits
+_PAGED_FROM = 10**5  # numbers

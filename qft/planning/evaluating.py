@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qft.bench.fake_model import DEVICE, fill_with_fakes, fused_attention
+from qft.bench.fake_model import DEVICE, Rows, fill_with_fakes, fused_attention
 from qft.data.encoding import UNSUPERVISED
 from qft.data.tasks import Example, Task, pad_id
 from qft.evaluation import evaluating
 from qft.judging.tokens import CHUNK_POSITIONS
 from qft.lean.meter import Meter, Reading
 from qft.planning.amounts import PhaseBytes
-from qft.planning.fake_training import _prepared_skeleton
+from qft.planning.fake_training import prepared_skeleton
 from qft.planning.job import PlannedJob
 from qft.planning.loading import adapter_bytes
 from qft.preparation import prepared
@@ -35,7 +35,7 @@ class FakeEvaluation:
     def __init__(self, job: PlannedJob) -> None:
         self.job = job
         self.device = "cpu" if job.device == "cpu" else DEVICE
-        self.model = _prepared_skeleton(job)
+        self.model = prepared_skeleton(job)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             fill_with_fakes(self.model, self.device)
@@ -48,7 +48,7 @@ class FakeEvaluation:
         padded = not bool(batch["attention_mask"].all())
         with (
             evaluating(self.model),
-            fused_attention(self.device != "cpu", padded=padded),
+            fused_attention(self.device != "cpu", Rows(padded=padded)),
             Meter(self.model, None, self.device) as counting,
             announced(self.model, examples, batch),
             self._mode,

@@ -14,6 +14,7 @@ from qft.data.encoding import UNSUPERVISED
 from qft.data.packing import PACKABLE
 from qft.data.tasks import TASKS, Example, ExampleSet, Task
 from qft.inputs import Inputs
+from qft.planning.flat_rows import would_keep_apart
 from qft.readiness import DEFAULT_MICRO_BATCH, Ready, make_ready
 from qft.recipe import Recipe
 
@@ -44,12 +45,33 @@ class PlannedJob:
     def flat(self) -> bool:
         """Whether a micro-batch is expected to be one long row; the loaded model has the word."""
         shares = self.recipe.task in PACKABLE and not self.ready.needs.extends_sequence
-        return shares and self.device == "cpu" and self.recipe.memory.savers.attention
+        engine = self.device == "cpu" and self.recipe.memory.savers.attention
+        if not (shares and engine and len(self.inputs.train.examples) > 1):
+            return False
+        return would_keep_apart(self.ready.skeleton, self.recipe.strategy, self.ready.context)
 
     @property
     def micro_batch(self) -> int:
         """Examples a forward pass, to begin with."""
         return first_micro_batch(self.recipe)
+
+    @property
+    def notes(self) -> list[str]:
+        """What the fake step leaves out, a sentence each; the training takes no more for it."""
+        recipe, needs = self.recipe, self.ready.needs
+        objective = recipe.strategy.objective
+        found = []
+        cached = recipe.memory.feature_cache != "off" and not objective.whole_model
+        if cached and needs.lowest_trainable_layer and not recipe.train.embedding_noise:
+            found.append(
+                f"Planned without the feature cache: with it the {needs.lowest_trainable_layer} "
+                "lowest layers may leave memory after the first pass."
+            )
+        if getattr(getattr(objective, "settings", None), "on_policy", 0):
+            found.append("What the student writes is taken to be as long as the data's answers.")
+        if self.ready.held not in ("none", "int8", "nf4", "fp4", "compressed-tensors"):
+            found.append(f"Weights stored as {self.ready.held} are planned as if unquantized.")
+        return found
 
     def longest(self) -> list[Example]:
         """The examples of the micro-batch that needs most."""

@@ -51,9 +51,9 @@ def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseByt
 
 def trained_tensors(job: PlannedJob) -> int:
     """How many parameters train."""
-    from qft.planning.fake_training import _prepared_skeleton
+    from qft.planning.fake_training import prepared_skeleton
 
-    return sum(p.requires_grad for p in _prepared_skeleton(job).parameters())
+    return sum(p.requires_grad for p in prepared_skeleton(job).parameters())
 
 
 def _some(values: dict[str, int]) -> dict[str, int]:
