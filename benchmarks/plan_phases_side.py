@@ -78,6 +78,8 @@ def evaluation(case: dict[str, Any], job: PlannedJob) -> Run:
 
     def run() -> object:
         model = opened(job)
+        touched(model)
+        reset_peak()  # loading has a case of its own
         rows = job.inputs.train.examples
         with Meter(model) as counting:
             evaluate(model, rows, TASKS[job.recipe.task], pad_token_id=0)

@@ -27,9 +27,9 @@ from qft.lean.meter import Reading
 from qft.lean.model_parts import layer_stacks
 from qft.lean.standins import QuantizedLinear
 from qft.planning.amounts import PhaseBytes
-from qft.planning.held_model import held_bytes, held_skeleton
 from qft.planning.job import PlannedJob
-from qft.planning.stored_weights import stored_tensors
+from qft.planning.skeletons import open_held_skeleton
+from qft.planning.stored_weights import held_bytes, stored_tensors
 
 # bytes a weight that bitsandbytes holds beside a layer while it quantizes it on a CPU: the layer in
 # float32, and as much again for the rounding (measured); on a GPU its kernel takes the layer as is
@@ -60,8 +60,8 @@ def load_phase(job: PlannedJob, reading: Reading) -> PhaseBytes:
         reading: of the training's step; it knows weights and adapters.
     """
     own = opened(job)
-    adapters, weights = adapter_bytes(job, reading), reading.most["weights"]
-    teacher, beside = teacher_bytes(job), 0
+    adapters, teacher, beside = adapter_bytes(job, reading), teacher_bytes(job), 0
+    weights = own_weights(reading, teacher)
     if teacher is not None:  # it comes when the student is there
         beside = max(own.device - adapters - teacher.weights, teacher.device)
     loading = {"weights": weights, "buffers": own.device}
@@ -75,6 +75,11 @@ def load_phase(job: PlannedJob, reading: Reading) -> PhaseBytes:
         host = {"buffers": on_host, "weights": reading.host_peak.by_category["weights"]}
     note = "The weights are the file's own pages, which come in as they are used." * own.mapped
     return PhaseBytes("load", _some(device), _some(host), note=note)
+
+
+def own_weights(reading: Reading, teacher: Opened | None) -> int:
+    """Of the model alone: a step's reading counts a teacher beside it as well."""
+    return reading.most["weights"] - (0 if teacher is None else teacher.weights)
 
 
 def adapter_bytes(job: PlannedJob, reading: Reading) -> int:
@@ -135,7 +140,7 @@ def described_teacher(job: PlannedJob, settings: DistillSettings) -> Opened | No
 
 
 def _opened(spec: models.ModelSpec, folder: Path, device: str, keep: Sequence[str] = ()) -> Opened:
-    skeleton = held_skeleton(folder, spec, keep)
+    skeleton = open_held_skeleton(folder, spec, keep)
     stored = stored_tensors(folder, models.open_skeleton(folder, spec))
     weights = held_bytes(skeleton)
     assert spec.dtype is not None
