@@ -216,7 +216,8 @@ def _open(
     )
     with plan.advising():
         fitting.decide()
-    plan.predict(model, fitting.rows_at_most)
+    with limit.peaks.aside():  # what planning leaves behind is no part of the run
+        plan.predict(model, fitting.rows_at_most)
     return _Opened(
         model, inputs, card, parameters, layout, features, loss, lessons, fitting, limit, plan
     )
