@@ -223,16 +223,14 @@ def ran(recipe: Any) -> dict[str, Any]:
     from qft import hardware
     from qft.errors import WillNotFitError
 
-    before = hardware.memory_floor_bytes("cpu")
     try:
         real = measured_step(recipe)
     except WillNotFitError as error:
         return {"refused": str(error)}
     run = json.loads((Path(recipe.output) / "run.json").read_text(encoding="utf-8"))
-    most = max(real.resident_load_bytes, real.resident_peak_bytes)
     return {
         "live_bytes": real.reading.peak_bytes,
-        "resident_bytes": most - before,
+        "resident_bytes": real.resident_peak_bytes - run["bytes_before_loading"],
         "micro_batch": run["training"]["micro_batch"],
         "replays": run["training"]["replays"],
     }
