@@ -120,7 +120,10 @@ class _MicroBatches:
         rows = self._rows.examples
         if self._rows.fingerprint:
             return rows
-        return [replace(rows[number % len(rows)], index=number) for number in range(max(value, self.job.recipe.train.batch_size))]
+        return [
+            replace(rows[number % len(rows)], index=number)
+            for number in range(max(value, self.job.recipe.train.batch_size))
+        ]
 
 
 _Numbers = _Lengths | _MicroBatches
