@@ -42,7 +42,12 @@ class PeftStrategy(Strategy):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         try:
-            wrapped: nn.Module = get_peft_model(model, self.peft_config(model, context))  # type: ignore[arg-type]
+            wrapped: nn.Module = get_peft_model(
+                model,  # type: ignore[arg-type]
+                self.peft_config(model, context),
+                # PEFT would draw an adapter's numbers on the CPU before it moves them to nowhere
+                low_cpu_mem_usage=all(p.is_meta for p in model.parameters()),
+            )
         except ValueError as error:
             raise RecipeError(
                 f"The strategy {self.name!r} does not fit this model.",

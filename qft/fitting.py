@@ -21,6 +21,7 @@ from qft.preparation import inner_model, prepared, recompute_lowest
 from qft.progress import Reporter, human_bytes
 from qft.recipe import Recipe
 from qft.step import Layout, StepLoss, accumulate_gradients, width_of
+from qft.trainer import Suggest, usual_changes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Fitting:
     Attributes:
         micro_batch: told what was found; one that did not fit has become smaller.
         tensor_bytes: what tensors may take, or None.
+        suggest: what would make it fit, the cheapest change first.
     """
 
     recipe: Recipe
@@ -40,6 +42,7 @@ class Fitting:
     micro_batch: MicroBatch
     tensor_bytes: int | None
     reporter: Reporter
+    suggest: Suggest = usual_changes
 
     def decide(self) -> None:
         """Keeps to the budget, or to what is free, as far as the recipe leaves a choice.
@@ -86,9 +89,12 @@ class Fitting:
         while True:
             try:
                 taken, chosen = self._taken(rows, allowed)
-            except WillNotFitError:
+            except WillNotFitError as error:
                 if rows == 1:
-                    raise
+                    fix = "; ".join(self.suggest())
+                    raise WillNotFitError(
+                        error.what, where=error.where, found=error.found, fix=fix
+                    ) from error
                 rows = (rows + 1) // 2
                 continue
             break

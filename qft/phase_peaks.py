@@ -7,12 +7,14 @@ kernel's mark of the resident set, where it may be set back, else nothing is kno
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from qft import hardware
+from qft.out_of_memory import trim_heap
 
 
 class PhasePeaks:
@@ -39,6 +41,19 @@ class PhasePeaks:
         """What is in memory now is no part of the run."""
         self.take()
         self.baseline_bytes = hardware.resident_bytes()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is in memory after it and was not before is no part of the run either."""
+        former, before = self._phase, hardware.resident_bytes()
+        self.enter(None)
+        try:
+            yield
+        finally:
+            gc.collect()
+            trim_heap()
+            self.baseline_bytes += max(0, hardware.resident_bytes() - before)
+            self.enter(former)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

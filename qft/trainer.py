@@ -25,6 +25,7 @@ from qft.first_step import FirstStepCheck
 from qft.lean.model_parts import device_of
 from qft.micro_batch import MicroBatch
 from qft.out_of_memory import Shortage, free_idle_memory, tried
+from qft.preparation import stock_dropouts
 from qft.progress import QUIET, Reporter
 from qft.recipe import Train
 from qft.rehearsal import allocate_states, left_as_it_was
@@ -115,7 +116,7 @@ class StepTrainer(Trainer):
         self.job = job
         self.micro_batch = job.micro_batch
         self.changes: list[str] = []  # of the step at hand, for lack of memory
-        self.micro_batch.told = self.changes.append
+        self.micro_batch.told = self._hear_of_a_change
         self.last_result: StepResult | None = None
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._batches = StepBatches(len(job.examples), job.settings.batch_size, job.settings.seed)
@@ -191,6 +192,14 @@ class StepTrainer(Trainer):
             loss=self.job.loss,
             layout=self.job.layout,
         )
+
+    def _hear_of_a_change(self, sentence: str) -> None:
+        if used := stock_dropouts(self.trained):
+            sentence += (
+                f"; {used[0]} draws from the ordinary generator: statistically, not bitwise, the "
+                "same update"
+            )
+        self.changes.append(sentence)
 
     def rehearse(self) -> None:
         """Runs the micro-batch that needs most, and leaves no trace; see `qft.rehearsal`.

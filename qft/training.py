@@ -171,7 +171,10 @@ def _require_one_process() -> None:
 
 
 def _open(
-    recipe: Recipe, chosen: hardware.Hardware, reporter: Reporter, limit: Limit | None = None
+    recipe: Recipe,
+    chosen: hardware.Hardware,
+    reporter: Reporter,
+    limit: Limit | None = None,
 ) -> _Opened:
     limit = limit or Limit(None, chosen.device)
     inputs = with_teacher_texts(recipe, open_inputs(recipe, reporter), reporter)
@@ -212,11 +215,12 @@ def _open(
         padded=not layout.flat,
     )
     fitting = Fitting(
-        recipe, model, inputs, layout, loss, micro_batch, limit.tensor_bytes, reporter
-    )
-    with plan.advising():
-        fitting.decide()
-    plan.predict(model, fitting.rows_at_most)
+        recipe, model, inputs, layout, loss, micro_batch, limit.tensor_bytes, reporter,
+        lambda: plan.suggestions() or usual_changes(),
+    )  # fmt: skip
+    fitting.decide()
+    with limit.peaks.aside():  # what planning leaves behind is no part of the run
+        plan.predict(model, fitting.rows_at_most)
     return _Opened(
         model, inputs, card, parameters, layout, features, loss, lessons, fitting, limit, plan
     )
@@ -326,7 +330,7 @@ def _make_trainer(
         reporter=reporter,
         longest=opened.fitting.longest(),
         limit=opened.limit,
-        suggest=lambda: opened.plan.suggestions() or usual_changes(),
+        suggest=opened.fitting.suggest,
     )
     return StepTrainer(opened.model, job, list(callbacks))
 

@@ -379,7 +379,7 @@ def test_seconds_are_operations_over_a_rate(job: PlannedJob, empty: Calibration)
     # 4 examples of 32 tokens a step, and the reading is of 2
     assert speed.flops_a_step(job, reading) == 6e6
     seconds, basis = speed.seconds_a_step(job, reading, empty)  # type: ignore[misc]
-    assert seconds == pytest.approx(6e6 / (1e9 * speed.EFFICIENCY["cpu"]))
+    assert seconds == pytest.approx(6e6 / (1e9 * speed.EFFICIENCY["cpu"][2]))
     assert "estimated" in basis
     for rate in (2e8, 3e8, 9e8):
         empty.record_rate(kind, "training", rate)
@@ -492,9 +492,39 @@ def test_a_residual_in_bytes_and_as_a_share():
 
 
 def test_a_process_has_more_than_its_tensors():
-    nothing = resident.resident_unseen({})
+    half = resident.Work(half=True, recomputed=False)
+    nothing = resident.resident_unseen({}, half)
     assert nothing.once > 0
     assert nothing.kept == 0
-    some = resident.resident_unseen({"activations": 100 * MIB})
-    more = resident.resident_unseen({"activations": 200 * MIB})
-    assert 0 <= some.kept <= more.kept
+    some = resident.resident_unseen({"activations": 100 * MIB, "temporary": MIB}, half)
+    more = resident.resident_unseen({"activations": 200 * MIB, "temporary": MIB}, half)
+    again = resident.resident_unseen(
+        {"activations": 100 * MIB, "temporary": MIB}, replace(half, recomputed=True)
+    )
+    assert 0 < some.kept < min(more.kept, again.kept)
+    full = resident.resident_unseen({}, replace(half, half=False))
+    assert full.once == resident.ONCE_BYTES < nothing.once
+    most = [resident.resident_unseen({}, replace(half, kernels=n)).once for n in (1024, 10**6)]
+    assert most[0] == most[1] > nothing.once
+
+
+def test_rows_of_many_lengths_are_many_shapes_of_products():
+    alike = resident.kernels_of([256] * 64, 4, 16, flat=True)
+    assert alike == resident.KERNELS_A_WIDTH + 2 * resident.KERNELS_A_TILE
+    ragged = resident.kernels_of(list(range(100, 164)), 4, 16, flat=True)
+    tiles = 29 + 2 * 35  # up to 128 tokens one tile, beyond two
+    assert ragged == 16 * resident.KERNELS_A_WIDTH + tiles * resident.KERNELS_A_TILE
+    padded = resident.kernels_of([10, 10, 20, 30], 2, 100, flat=False)
+    assert padded == 3 * resident.KERNELS_A_WIDTH
+    assert resident.kernels_of([], 1, 1, flat=True) > 0
+
+
+def test_the_work_of_a_job(folder: Path):
+    found = unseen.work_of(job_of(folder))
+    assert found.half
+    assert not found.recomputed
+    assert found.kernels == resident.kernels_of([32] * 10, 2, 18, flat=True)
+    memory = {"checkpointing": "full", "micro_batch": 2}
+    other = unseen.work_of(job_of(folder, dtype="float32", memory=memory))
+    assert not other.half
+    assert other.recomputed

@@ -66,7 +66,8 @@ _PLACES = """
     pruning.tables
     readiness planning.amounts planning.flat_rows planning.job planning.skeletons
     planning.known_values planning.fake_optimizer planning.fake_lessons planning.fake_loss
-    planning.fake_training planning.likeness planning.depth
+    planning.fake_training planning.likeness planning.repetition planning.short_training
+    planning.depth planning.length
     planning.opening planning.stored_weights planning.held_model planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.shape_source planning.changes planning.crossing planning.solver

@@ -55,6 +55,24 @@ class PlannedJob:
         """Examples a forward pass, to begin with."""
         return first_micro_batch(self.recipe)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the fake step leaves out, a sentence each; the training takes no more for it."""
+        recipe, needs = self.recipe, self.ready.needs
+        objective = recipe.strategy.objective
+        found = []
+        cached = recipe.memory.feature_cache != "off" and not objective.whole_model
+        if cached and needs.lowest_trainable_layer and not recipe.train.embedding_noise:
+            found.append(
+                f"Planned without the feature cache: with it the {needs.lowest_trainable_layer} "
+                "lowest layers may leave memory after the first pass."
+            )
+        if getattr(getattr(objective, "settings", None), "on_policy", 0):
+            found.append("What the student writes is taken to be as long as the data's answers.")
+        if self.ready.held not in ("none", "int8", "nf4", "fp4", "compressed-tensors"):
+            found.append(f"Weights stored as {self.ready.held} are planned as if unquantized.")
+        return found
+
     def longest(self) -> list[Example]:
         """The examples of the optimizer step that needs most, in its order.
 

@@ -39,9 +39,9 @@ class KnownValues(TorchFunctionMode):
             here: Any = [torch.device("cpu") if _is_device(value) else value for value in args[1:]]
             kwargs = {name: value for name, value in kwargs.items() if name != "device"}
             return func(args[0], *here, **kwargs) if here or kwargs else args[0]
-        mixed = any(issubclass(kind, FakeTensor) for kind in types)
-        if mixed and self._device != "cpu" and tree_any(_is_known, (args, kwargs)):
-            args, kwargs = tree_map(self._faked, (args, kwargs))
+        both = (args, kwargs)
+        if self._device != "cpu" and tree_any(_is_known, both) and tree_any(_is_fake, both):
+            args, kwargs = tree_map(self._faked, both)
         return func(*args, **kwargs)
 
     def _faked(self, value: Any) -> Any:
@@ -71,6 +71,10 @@ class KnownValues(TorchFunctionMode):
 def _is_known(value: Any) -> bool:
     real = isinstance(value, Tensor) and not isinstance(value, FakeTensor)
     return real and value.device.type == "cpu"
+
+
+def _is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
 
 
 def _is_device(value: Any) -> bool:

@@ -30,11 +30,12 @@ class MeasuredStep:
 
     Attributes:
         reading: live bytes of tensors; weights are the model's as the step found it.
-        resident_peak_bytes: the most the process had in memory in the two steps before.
-        micro_batch: rows a forward pass.
+        resident_load_bytes: the most the process had in memory until the first step.
+        resident_peak_bytes: the most it had in the two steps before the metered one.
     """
 
     reading: Reading
+    resident_load_bytes: int
     resident_peak_bytes: int
 
 
@@ -53,7 +54,7 @@ def measured_step(recipe: Recipe) -> MeasuredStep:
     watch = _Watch(recipe.strategy)
     train(recipe.model_copy(update={"train": settings}), callbacks=[watch])
     assert watch.reading is not None
-    return MeasuredStep(watch.reading, watch.resident_peak_bytes)
+    return MeasuredStep(watch.reading, watch.resident_load_bytes, watch.resident_peak_bytes)
 
 
 def examples_of_step(
@@ -69,7 +70,7 @@ class _Watch(TrainerCallback):
     def __init__(self, strategy: Strategy) -> None:
         self._strategy = strategy
         self.reading: Reading | None = None
-        self.resident_peak_bytes = 0
+        self.resident_load_bytes = self.resident_peak_bytes = 0
         self._meter: Meter | None = None
 
     def on_step_begin(
@@ -77,6 +78,7 @@ class _Watch(TrainerCallback):
         **kwargs: Any,
     ) -> None:  # fmt: skip
         if state.global_step == 0:
+            self.resident_load_bytes = hardware.device_memory("cpu")[1]
             forget_peak()
         if state.global_step + 1 == METERED_STEP:
             self.resident_peak_bytes = hardware.device_memory("cpu")[1]

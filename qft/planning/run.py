@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +12,7 @@ from qft.errors import QftError, WillNotFitError, first_line
 from qft.inputs import Inputs
 from qft.lean.checkpointing import checkpointed_layers
 from qft.planning.calibration import Calibration, Kind
+from qft.planning.depth import forget
 from qft.planning.forecast import Forecast, forecast, speed, train_phase
 from qft.planning.job import PlannedJob
 from qft.planning.loading import opened
@@ -89,6 +89,8 @@ class RunPlan:
             self.failed = first_line(error)  # a family or a strategy whose code fakes cannot run
             self.reporter.say(f"note: this job could not be planned ({self.failed})")
             return
+        finally:
+            forget()  # the prepared fakes
         peak = self.made.peak
         self.reporter.say(
             f"plan: peak {human_bytes(peak.expected)} ({human_bytes(peak.low)} to "
@@ -104,17 +106,6 @@ class RunPlan:
             return solve(self._job, budget, self._peak).cheapest_changes
         except (QftError, RuntimeError, NotImplementedError, TypeError):
             return ()  # an error is at hand already, and this is but its advice
-
-    @contextlib.contextmanager
-    def advising(self) -> Iterator[None]:
-        """What does not fit within it is told with the changes that would make it fit."""
-        try:
-            yield
-        except WillNotFitError as error:
-            fix = "; ".join(self.suggestions()) or error.fix
-            raise WillNotFitError(
-                error.what, where=error.where, found=error.found, fix=fix
-            ) from error
 
     def _peak(self, job: PlannedJob) -> int:
         return forecast(job, self.calibration).peak.high

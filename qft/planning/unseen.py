@@ -6,13 +6,18 @@ memory the C library keeps) and "context" (CUDA's own; on a CPU what a process l
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
+from torch import nn
+
+from qft import models
 from qft.planning.amounts import PhaseBytes
 from qft.planning.calibration import Calibration, Expected, Figure, Kind
 from qft.planning.cuda_allocator import cuda_unseen
 from qft.planning.job import PlannedJob
-from qft.planning.resident import resident_unseen
+from qft.planning.resident import Work, kernels_of, resident_unseen
 
 CATEGORIES = ("allocator", "context")
 MEASURED = "train"  # the phase whose residuals are kept
@@ -97,6 +102,53 @@ def record_step(
         store.record(kind, "reserved" if cuda else "resident", whole, measured_resident)
 
 
+def work_of(job: PlannedJob) -> Work:
+    """What of a job decides what a process on a CPU keeps."""
+    recipe, examples = job.recipe, job.inputs.train.examples
+    size = min(recipe.train.batch_size, len(examples))
+    steps = math.ceil(len(examples) / recipe.train.batch_size)
+    if steps > 1:  # else every pass has the same step again
+        steps = math.ceil(steps * recipe.train.epochs)
+    steps = min(steps, recipe.train.max_steps or steps)
+    return Work(
+        half=job.dtype.itemsize == 2,
+        recomputed=recipe.memory.checkpointing not in ("none", "auto", 0),
+        kernels=kernels_of(
+            [len(example.inputs["input_ids"]) for example in examples],
+            job.micro_batch,
+            steps * math.ceil(size / job.micro_batch),
+            job.flat,
+        ),
+        file_bytes=_file_bytes(job),
+    )
+
+
+def _file_bytes(job: PlannedJob) -> int:
+    """See `Work`; a file of another dtype is read, converted and closed."""
+    config = models.read_config(job.inputs.base)
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    if stored.removeprefix("torch.") != str(job.dtype).removeprefix("torch."):
+        return 0
+    skeleton: Any = job.ready.skeleton
+    if job.ready.held != "none":
+        if config.get("quantization_config"):
+            return 0  # stored as it is held
+        kept = models.unquantized_in(
+            job.inputs.base, job.ready.spec, job.ready.needs.full_precision
+        )
+        return job.dtype.itemsize * sum(
+            module.weight.numel()
+            for name, module in skeleton.named_modules()
+            if type(module) is nn.Linear and name not in kept
+        )
+    total = sum(p.numel() for p in skeleton.parameters())
+    table = skeleton.get_input_embeddings().weight
+    tied = skeleton.get_output_embeddings()
+    if job.ready.trained_parameters > total / 2 or (tied is not None and tied.weight is table):
+        return 0
+    return -int(table.nbytes)
+
+
 def _modelled(phase: PhaseBytes, job: PlannedJob) -> PhaseBytes:
     """By the built-in models alone."""
     seen = {name: nbytes for name, nbytes in phase.device.items() if name not in CATEGORIES}
@@ -104,6 +156,6 @@ def _modelled(phase: PhaseBytes, job: PlannedJob) -> PhaseBytes:
         found = cuda_unseen(seen)
         unseen = {"allocator": found.allocated + found.between, "context": found.context}
     else:
-        process = resident_unseen(seen, quantized=job.ready.held != "none")
+        process = resident_unseen(seen, work_of(job))
         unseen = {"allocator": process.kept, "context": process.once}
     return replace(phase, device={**seen, **unseen})

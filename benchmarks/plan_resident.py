@@ -1,0 +1,215 @@
+"""Does the resident set of a training on a CPU grow as much as the planner says?
+
+    python benchmarks/plan_resident.py ASSETS            # measures what has no row yet, then judges
+    python benchmarks/plan_resident.py ASSETS --judge    # judges the rows that are there
+
+Each training is probed as `qft plan --probe` does it: three real steps of its longest micro-batch
+in a fresh process. Models are those of ASSETS, and random ones of 60 to 360 M parameters.
+
+Every second training calibrates: its residual goes into a store that is empty at the beginning. The
+others are then predicted by that store, and compared. Errors are shares of the growth since the
+imports, positive where too much was predicted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS = Path(__file__).parent / "results" / "plan_resident.jsonl"
+BOUND = 0.10
+LORA: dict[str, Any] = {"name": "lora", "rank": 16}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-135m": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576,
+                   "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+                   "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "llama-362m": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 960,
+                   "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+                   "num_key_value_heads": 5, "tie_word_embeddings": True},
+    "qwen2-110m": {"model_type": "qwen2", "vocab_size": 32000, "hidden_size": 768,
+                   "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+                   "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "bert-110m": {"model_type": "bert", "vocab_size": 30522},
+    "t5-60m": {"model_type": "t5", "vocab_size": 32128, "decoder_start_token_id": 0,
+               "pad_token_id": 0},
+}  # fmt: skip
+TASKS = {"bert-110m": "classify", "t5-60m": "seq2seq"}
+
+
+def trainings() -> Iterator[dict[str, Any]]:
+    """What is probed: models, strategies, precisions, checkpointing, batches and lengths."""
+    for model in ("mini-6m", "qwen2-110m"):
+        for dtype in ("bfloat16", "float32"):
+            for kept in ("none", "full"):
+                for length, rows in ((128, 2), (256, 4)):
+                    yield _one(model, length, rows, dtype=dtype, checkpointing=kept)
+    for name in ("full", "prefix", "prompt", "ia3", "layers", "bitfit"):
+        yield _one("mini-6m", 256, 2, strategy={"name": name})
+        if name != "bitfit":
+            yield _one("qwen2-110m", 256, 2, strategy={"name": name})
+    for quantize in ("nf4", "int8"):
+        for model in ("mini-6m", "qwen2-110m"):
+            yield _one(model, 256, 2, quantize=quantize)
+    for kept in ("none", "full"):
+        yield _one("llama-135m", 256, 2, checkpointing=kept)
+    yield _one("llama-362m", 256, 1)
+    for model in ("bert-110m", "t5-60m"):
+        yield _one(model, 128, 4)
+        yield _one(model, 128, 4, dtype="float32")
+        yield _one(model, 128, 4, dtype="float32", strategy={"name": "full"})
+    yield _one("stories260K", 256, 8)
+    yield _one("mini-6m", 1024, 2)
+
+
+def _one(model: str, length: int, rows: int, **changes: Any) -> dict[str, Any]:
+    plain = {"strategy": LORA, "dtype": "bfloat16", "quantize": "none", "checkpointing": "none"}
+    return {"model": model, "length": length, "micro_batch": rows, **plain, **changes}
+
+
+def name_of(training: dict[str, Any]) -> str:
+    """Of its row."""
+    return " ".join(
+        str(value["name"] if isinstance(value, dict) else value) for value in training.values()
+    )
+
+
+def job_of(training: dict[str, Any], assets: Path, scratch: Path) -> Any:
+    """The planned job; all of its rows are imagined, and as long as may be."""
+    import qft
+    from qft.planning.job import imagined_inputs, planned_job
+
+    folder = assets / "models" / training["model"]
+    if training["model"] in SHAPES:
+        folder = scratch / training["model"]
+        _make(training["model"], folder)
+    task, rows = TASKS.get(training["model"], "text"), training["micro_batch"]
+    labels = {"labels": ["no", "yes"]} if task == "classify" else {}
+    recipe = qft.build_recipe({
+        "model": str(folder), "task": task, "data": {"train": "imagined", **labels},
+        "strategy": training["strategy"], "dtype": training["dtype"], "device": "cpu",
+        "quantize": training["quantize"], "output": "nowhere",
+        "memory": {"checkpointing": training["checkpointing"], "micro_batch": rows},
+        "train": {"max_length": training["length"], "batch_size": rows},
+    })  # fmt: skip
+    return planned_job(recipe, imagined_inputs(recipe, folder), "cpu")
+
+
+def _make(name: str, folder: Path) -> None:
+    """A random model in bfloat16; once."""
+    import torch
+    import transformers
+
+    if folder.is_dir():
+        return
+    values = dict(SHAPES[name])
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+    kinds: dict[str, Any] = {
+        "text": transformers.AutoModelForCausalLM, "classify": transformers.AutoModel,
+        "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    }  # fmt: skip
+    kind = kinds[TASKS.get(name, "text")]
+    torch.manual_seed(0)
+    kind.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def measured(training: dict[str, Any], assets: Path, scratch: Path) -> dict[str, Any]:
+    """A row: live bytes and the resident set's growth, predicted and measured."""
+    from qft import hardware
+    from qft.planning.amounts import PhaseBytes
+    from qft.planning.calibration import Kind
+    from qft.planning.fake_training import FakeTraining
+    from qft.planning.probe import probe
+
+    job = job_of(training, assets, scratch)
+    found = probe(job, lambda it: PhaseBytes("train", FakeTraining(it).meter().peak.by_category))
+    return {
+        "name": name_of(training), "training": training, "kind": vars(Kind.of(job)),
+        "predicted_by_category": dict(found.predicted.device),
+        "live_predicted": found.predicted.peak_bytes, "live_measured": found.measured.live_bytes,
+        "resident_grown": found.measured.resident_bytes,
+        "loading_grown": found.measured.loading_bytes, "versions": hardware.versions(),
+    }  # fmt: skip
+
+
+def judged(rows: Sequence[dict[str, Any]], assets: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Each row's growth, and by how much it was missed: by the model, and after calibration.
+
+    A row that calibrates has no expectation: it would be its own.
+    """
+    from qft.planning.amounts import PhaseBytes
+    from qft.planning.calibration import Calibration
+    from qft.planning.unseen import expected, record_step
+
+    store = Calibration(persistent=False)
+    jobs = [job_of(row["training"], assets, scratch) for row in rows]
+    phases = [PhaseBytes("train", row["predicted_by_category"]) for row in rows]
+    raw = [expected(*pair, store).expected for pair in zip(phases, jobs, strict=True)]
+    found = []
+    for number, row in enumerate(rows):
+        grown = row["resident_grown"]
+        found.append({"name": row["name"], "grown": grown, "modelled": raw[number] / grown - 1})
+        if number % 2 == 0:
+            record_step(jobs[number], phases[number], row["live_measured"], grown, store)
+    for number in range(1, len(rows), 2):
+        told, grown = expected(phases[number], jobs[number], store), found[number]["grown"]
+        found[number] |= {"calibrated": told.expected / grown - 1,
+                          "within_bar": told.low <= grown <= told.high}  # fmt: skip
+    return found
+
+
+def summary(found: Sequence[dict[str, Any]]) -> str:
+    """The worst and the median, before and after calibration."""
+    lines = []
+    for name in ("modelled", "calibrated"):
+        errors = [abs(row[name]) for row in found if name in row]
+        if errors:
+            within = sum(error <= BOUND for error in errors)
+            lines.append(
+                f"{name}: {len(errors)} trainings, median {statistics.median(errors):.1%}, "
+                f"worst {max(errors):.1%}, {within} within {BOUND:.0%}"
+            )
+    return "\n".join(lines)
+
+
+def known_rows() -> list[dict[str, Any]]:
+    """Those that were measured, one a line."""
+    if not ROWS.is_file():
+        return []
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    """Measures, a process a training, and judges."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("assets", type=Path)
+    parser.add_argument("--judge", action="store_true", help="nothing is measured")
+    parser.add_argument("--inside", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.inside is not None:
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(measured(asked.inside, asked.assets, asked.scratch)) + "\n")
+        return
+    with tempfile.TemporaryDirectory(prefix="qft-plan-") as scratch:
+        for training in () if asked.judge else trainings():
+            if name_of(training) not in {row["name"] for row in known_rows()}:
+                command = [sys.executable, __file__, str(asked.assets), "--scratch", scratch]
+                subprocess.run([*command, "--inside", json.dumps(training)], check=False)
+        found = judged(known_rows(), asked.assets, Path(scratch))
+    for row in found:
+        after = f", calibrated {row['calibrated']:+.1%}" if "calibrated" in row else ""
+        print(
+            f"{row['name']}: {row['grown'] / 2**20:.0f} MiB, modelled {row['modelled']:+.1%}{after}"
+        )
+    print(summary(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""A deep model's step from a few of its layers, and the largest length that fits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qft.bench.shapes import SHAPES, TASKS
+from qft.planning import depth
+from qft.planning.depth import forget, step_reading
+from qft.planning.fake_training import FakeTraining
+from qft.planning.job import PlannedJob, imagined_examples, imagined_inputs, planned_job
+from qft.planning.length import largest_fitting
+from qft.planning.likeness import shortened
+from qft.planning.short_training import ShortTraining
+from qft.recipe import build_recipe
+
+_DECODER = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 6,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}  # fmt: skip
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": SHAPES["llama-3.1-8b"] | _DECODER,
+    "qwen": SHAPES["qwen2.5-0.5b"] | _DECODER,
+    "gemma": SHAPES["gemma-3-1b"]
+    | _DECODER
+    | {"num_hidden_layers": 14, "head_dim": 8, "sliding_window": 16},
+    "bert": SHAPES["bert-base"]
+    | {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 6,
+       "num_attention_heads": 4, "vocab_size": 300},
+    "t5": SHAPES["t5-base"]
+    | {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 5, "num_decoder_layers": 6,
+       "num_heads": 4, "vocab_size": 300},
+}  # fmt: skip
+LORA = {"name": "lora", "rank": 4}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Any:
+    forget()
+    yield
+    forget()
+
+
+def make_job(
+    folder: Path, config: dict[str, Any], *, device: str = "cuda", length: int = 40, **keys: Any
+) -> PlannedJob:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    memory = {"micro_batch": 2, "checkpointing": keys.pop("checkpointing", "full")}
+    values = {
+        "model": str(folder),
+        "task": TASKS.get(config["model_type"], "text"),
+        "data": {"train": "rows.jsonl"},
+        "strategy": LORA,
+        "train": {"max_length": length, "batch_size": 2},
+        "memory": memory | keys.pop("memory", {}),
+        "output": str(folder / "run"),
+        **keys,
+    }
+    recipe = build_recipe(values)
+    return planned_job(recipe, imagined_inputs(recipe, folder), device)
+
+
+FAST = [
+    ("llama", {"quantize": "nf4"}),
+    ("llama", {"checkpointing": 2, "device": "cpu"}),
+    ("qwen", {"checkpointing": "none", "strategy": {"name": "prefix", "length": 3}}),
+    ("qwen", {"strategy": {"name": "full"}}),
+    ("qwen", {"checkpointing": "none", "strategy": {"name": "layers", "last": 2}}),
+    ("gemma", {"checkpointing": "none"}),
+    ("bert", {"device": "cpu"}),
+    ("t5", {"checkpointing": "none"}),
+]
+
+
+def _named(case: Any) -> str:
+    return "-".join(str(part) for part in case) if isinstance(case, tuple) else str(case)
+
+
+@pytest.mark.parametrize(("family", "keys"), FAST, ids=_named)
+def test_a_few_layers_tell_what_all_of_them_hold(
+    tmp_path: Path, family: str, keys: dict[str, Any]
+) -> None:
+    job = make_job(tmp_path / "model", SMALL[family], **keys)
+    short = ShortTraining(job)
+    assert short.meter(job, None, None) == FakeTraining(job).meter()
+    assert all(run < layers for run, layers in short.layers.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"checkpointing": "none"},
+        {"checkpointing": 3},
+        {"quantize": "nf4"},
+        {"strategy": {"name": "full"}},
+        {"strategy": {"name": "layers", "last": 1}},
+        {"strategy": {"name": "head"}},
+        {"strategy": {"name": "prefix"}},
+        {"strategy": {"name": "lora", "rank": 4, "dropout": 0.1}},
+        {"memory": {"offload": "host"}},
+        {"memory": {"micro_batch": 1}},
+    ],
+    ids=str,
+)
+def test_whatever_the_setting(
+    tmp_path: Path, family: str, device: str, keys: dict[str, Any]
+) -> None:
+    if keys.get("strategy") == {"name": "head"} and family not in ("bert",):
+        pytest.skip("it has no head of its own")
+    job = make_job(tmp_path / "model", SMALL[family], device=device, **keys)
+    assert step_reading(job) == FakeTraining(job).meter()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_built_in_shape(tmp_path: Path, shape: str) -> None:
+    config = SHAPES[shape]
+    for keys in ({"quantize": "nf4"}, {"checkpointing": "none", "device": "cpu"}):
+        job = make_job(tmp_path / "model", config, length=96, **keys)
+        assert step_reading(job) == FakeTraining(job).meter()
+
+
+def test_a_question_is_answered_once_and_a_model_prepared_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[ShortTraining] = []
+
+    class Counted(ShortTraining):
+        def __init__(self, job: PlannedJob) -> None:
+            made.append(self)
+            super().__init__(job)
+
+    monkeypatch.setattr(depth, "ShortTraining", Counted)
+    job = make_job(tmp_path / "model", SMALL["llama"])
+    first = step_reading(job)
+    assert step_reading(job) is first
+    rows = imagined_examples(job.inputs.task, 56, 2)
+    assert step_reading(job, rows) == FakeTraining(job).meter(rows)
+    kept = make_job(tmp_path / "model", SMALL["llama"], checkpointing=2)
+    assert step_reading(kept) == FakeTraining(kept).meter()
+    assert step_reading(job) is first
+    assert len(made) == 1
+    quantized = make_job(tmp_path / "model", SMALL["llama"], quantize="nf4")
+    assert step_reading(quantized).peak_bytes < first.peak_bytes
+    assert len(made) == 2
+
+
+def test_labels_are_part_of_the_question(tmp_path: Path) -> None:
+    job = make_job(tmp_path / "model", SMALL["llama"] | {"vocab_size": 20000})
+    few = imagined_examples(job.inputs.task, 40, 2, label_share=0.1)
+    assert step_reading(job, few).peak_bytes < step_reading(job).peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("likenesses", "kept"),
+    [
+        ("a" * 80, 3),
+        ("ab" * 20, 4),
+        ("sssssf" * 4 + "ss", 6),
+        ("a" * 10 + "b" * 20, 6),
+        ("ab", 2),
+        ("a", 1),
+    ],
+)
+def test_the_layers_that_stay_stand_for_all(likenesses: str, kept: int) -> None:
+    short = shortened(likenesses)
+    assert len(short.kept) == kept
+
+    def around(values: str, at: int) -> str:
+        padded = f"^{values}$"
+        return padded[at : at + 3]
+
+    stays = "".join(likenesses[number] for number in short.kept)
+    for number, place in enumerate(short.stands_for):
+        assert around(stays, place) == around(likenesses, number)
+
+
+def _line(length: int) -> int:
+    return 1_000_000 + 70 * length
+
+
+def _steps(length: int) -> int:
+    return 1000 * (length // 512) + length // 7
+
+
+def _bent(length: int) -> int:
+    return max(5_000_000 + 10 * length, 400 * length, length * length // 3)
+
+
+@pytest.mark.parametrize("taken", [_line, _steps, _bent])
+@pytest.mark.parametrize("length", [64, 128, 640, 9984, 131_008, 131_072])
+@pytest.mark.parametrize("more", [0, 63])
+def test_the_largest_length_that_fits(taken: Any, length: int, more: int) -> None:
+    asked: list[int] = []
+
+    def counted(at: int) -> int:
+        asked.append(at)
+        return int(taken(at))
+
+    budget = taken(length + more)
+    found = largest_fitting(counted, budget, least=64, most=131_072, step=64)
+    assert found is not None
+    expected = max(at for at in range(64, 131_073, 64) if taken(at) <= budget)
+    assert found == expected
+    assert found in asked
+    assert found == 131_072 or found + 64 in asked
+    assert len(asked) == len(set(asked)) <= 24
+    if taken is _line:
+        assert len(asked) <= 8
+
+
+def test_where_not_even_the_least_length_fits() -> None:
+    assert largest_fitting(_line, 999_999, least=64, most=4096, step=64) is None
+    assert largest_fitting(_line, 2_000_000, least=100, most=120, step=64) is None
