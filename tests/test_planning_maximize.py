@@ -40,7 +40,7 @@ def job_of(tmp_path: Path) -> Callable[..., PlannedJob]:
 
 def formula(job: PlannedJob) -> int:
     """A bent line over the tokens of the longest micro-batch, above the weights."""
-    tokens = sum(len(example.inputs["input_ids"]) for example in job.longest())
+    tokens = sum(len(example.inputs["input_ids"]) for example in job.longest_micro_batch())
     kept = {"none": 100, "full": 20}.get(str(job.recipe.memory.checkpointing), 60)
     weights = 10_000 if job.recipe.quantize == "none" else 3_000
     return weights + kept * tokens + max(0, tokens - 1500) * 40

@@ -69,7 +69,7 @@ def offloaded_bytes(job: PlannedJob) -> int:
         return 0
     layers = _layers(job.ready.skeleton)
     count = layers if isinstance(memory.checkpointing, str) else min(layers, memory.checkpointing)
-    longest = [len(example.inputs["input_ids"]) for example in job.longest()]
+    longest = [len(example.inputs["input_ids"]) for example in job.longest_micro_batch()]
     tokens = sum(longest) if job.flat else len(longest) * max(longest)
     one = tokens * hidden_width(job.ready.skeleton) * job.dtype.itemsize
     return count * -(-one // PIECE_BYTES) * PIECE_BYTES

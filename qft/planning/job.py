@@ -74,7 +74,21 @@ class PlannedJob:
         return found
 
     def longest(self) -> list[Example]:
-        """The examples of the micro-batch that needs most."""
+        """The examples of the optimizer step that needs most, in its order.
+
+        They are the two longest micro-batches where a step has several: what the first one leaves
+        behind, its gradients, is there while the second runs. More of them add nothing.
+        """
+        train, count = self.recipe.train, self.micro_batch
+        pack_to = train.max_length if train.packing else None
+        both = min(2 * count, max(count, train.batch_size))
+        chosen = longest_examples(self.inputs.train.examples, both, pack_to)
+        if train.group_by_length or train.packing:  # the longest run first, whatever the order
+            return chosen
+        return [*chosen[count:], *chosen[:count]]
+
+    def longest_micro_batch(self) -> list[Example]:
+        """The examples of the one forward pass that needs most."""
         packing = self.recipe.train.packing
         pack_to = self.recipe.train.max_length if packing else None
         return longest_examples(self.inputs.train.examples, self.micro_batch, pack_to)

@@ -88,10 +88,10 @@ class _Lengths:
         return (("train.max_length", value),)
 
     def examples(self, value: int) -> list[Example]:
-        """As many rows of this length as a forward pass takes."""
+        """As many rows of this length as a step takes."""
         longest = self.job.longest()[0]
         row = _stretched(longest, value, self.job.inputs.task.predicts)
-        return [replace(row, index=number) for number in range(self.job.micro_batch)]
+        return [replace(row, index=number) for number in range(self.job.recipe.train.batch_size)]
 
 
 class _MicroBatches:
@@ -120,7 +120,10 @@ class _MicroBatches:
         rows = self._rows.examples
         if self._rows.fingerprint:
             return rows
-        return [replace(rows[number % len(rows)], index=number) for number in range(value)]
+        return [
+            replace(rows[number % len(rows)], index=number)
+            for number in range(max(value, self.job.recipe.train.batch_size))
+        ]
 
 
 _Numbers = _Lengths | _MicroBatches
