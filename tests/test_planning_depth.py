@@ -12,7 +12,6 @@ from qft.planning import depth
 from qft.planning.depth import forget, step_reading
 from qft.planning.fake_training import FakeTraining
 from qft.planning.job import PlannedJob, imagined_examples, imagined_inputs, planned_job
-from qft.planning.length import largest_fitting
 from qft.planning.likeness import shortened
 from qft.planning.short_training import ShortTraining
 from qft.recipe import Recipe, build_recipe
@@ -213,42 +212,3 @@ def test_the_layers_that_stay_stand_for_all(likenesses: str, kept: int) -> None:
     stays = "".join(likenesses[number] for number in short.kept)
     for number, place in enumerate(short.stands_for):
         assert around(stays, place) == around(likenesses, number)
-
-
-def _line(length: int) -> int:
-    return 1_000_000 + 70 * length
-
-
-def _steps(length: int) -> int:
-    return 1000 * (length // 512) + length // 7
-
-
-def _bent(length: int) -> int:
-    return max(5_000_000 + 10 * length, 400 * length, length * length // 3)
-
-
-@pytest.mark.parametrize("taken", [_line, _steps, _bent])
-@pytest.mark.parametrize("length", [64, 128, 640, 9984, 131_008, 131_072])
-@pytest.mark.parametrize("more", [0, 63])
-def test_the_largest_length_that_fits(taken: Any, length: int, more: int) -> None:
-    asked: list[int] = []
-
-    def counted(at: int) -> int:
-        asked.append(at)
-        return int(taken(at))
-
-    budget = taken(length + more)
-    found = largest_fitting(counted, budget, least=64, most=131_072, step=64)
-    assert found is not None
-    expected = max(at for at in range(64, 131_073, 64) if taken(at) <= budget)
-    assert found == expected
-    assert found in asked
-    assert found == 131_072 or found + 64 in asked
-    assert len(asked) == len(set(asked)) <= 24
-    if taken is _line:
-        assert len(asked) <= 8
-
-
-def test_where_not_even_the_least_length_fits() -> None:
-    assert largest_fitting(_line, 999_999, least=64, most=4096, step=64) is None
-    assert largest_fitting(_line, 2_000_000, least=100, most=120, step=64) is None

@@ -70,7 +70,8 @@ class ProbeResult:
     """What was measured, and of which job.
 
     Attributes:
-        probed: the job itself, or one of few layers with random weights, of which the config.json is left.
+        probed: the job itself, or one of few layers with random weights, of which the
+            config.json is left.
         predicted: what was said of it.
         random_weights: whether it was the latter.
     """
