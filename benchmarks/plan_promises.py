@@ -156,8 +156,7 @@ def _random_model(name: str) -> Any:
                     d_ff=4 * width,
                     num_layers=layers,
                     num_heads=4,
-                    decoder_start_token_id=3,
-                    **ends,
+                    **ends | {"decoder_start_token_id": 3},
                 )
             )
     raise ValueError(name)  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,27 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["QFT_LEDGER"] = "off"  # the user's own ledger is not for tests; subprocesses heed it too
+# the user's own ledger and measurements are not for tests; subprocesses heed it too
+os.environ["QFT_LEDGER"] = os.environ["QFT_CALIBRATION"] = "off"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unplanned() -> Iterator[Callable[..., None]]:
+    """Trainings of most tests are not foretold, which takes longer than the trainings."""
+    from qft.planning.run import RunPlan
+
+    with pytest.MonkeyPatch.context() as patch:
+        foretell = RunPlan.predict
+        patch.setattr(RunPlan, "predict", lambda *_: None)
+        yield foretell
+
+
+@pytest.fixture
+def planned(_unplanned: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that asks for it has its trainings foretold, as users have."""
+    from qft.planning.run import RunPlan
+
+    monkeypatch.setattr(RunPlan, "predict", _unplanned)
 
 
 @pytest.fixture(scope="session")

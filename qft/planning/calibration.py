@@ -5,7 +5,8 @@ prediction is shifted by the residuals of its own kind and carries an error bar;
 none of its kind, those of the device and dtype help, then the device's, then what was measured when
 this was written. Rates (operations a second) are kept beside them.
 
-The file is `qft/calibration.json` under XDG_CACHE_HOME or ~/.cache; QFT_CALIBRATION names another.
+The file is `qft/calibration.json` under XDG_CACHE_HOME or ~/.cache; QFT_CALIBRATION names another,
+or says ``off``: nothing is read or kept.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ DEFAULT_BAR: dict[str, float] = {
 _WIDER = {"kind": 1.0, "dtype": 1.5, "device": 2.0}
 _Item = TypeVar("_Item")
 _DECIDING = ("torch", "transformers", "peft", "bitsandbytes")
+OFF = "off"
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,8 @@ class Calibration:
     def __init__(self, path: Path | str | None = None, *, persistent: bool = True) -> None:
         self.path = Path(path) if path is not None else default_path()
         self.notes: list[str] = []
-        self._persistent = persistent
-        self._content = self._read() if persistent else _Content()
+        self._persistent = persistent and self.path.name != OFF
+        self._content = self._read() if self._persistent else _Content()
 
     @property
     def residuals(self) -> Sequence[Residual]:
