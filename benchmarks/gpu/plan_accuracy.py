@@ -57,7 +57,8 @@ class Plan:
         """Of its row."""
         kept = "" if self.checkpointing == "full" else f" checkpointing={self.checkpointing}"
         away = "" if self.case.offload == "none" else f" offload={self.case.offload}"
-        return f"{self.case.name} {self.strategy}{kept}{away} {self.case.optimizer}"
+        rank = f" r={self.case.rank} of {len(self.case.targets)}" if self.strategy == "lora" else ""
+        return f"{self.case.name} {self.strategy}{rank}{kept}{away} {self.case.optimizer}"
 
 
 def lora(model: Any, case: Case) -> Any:

@@ -70,8 +70,7 @@ class ProbeResult:
     """What was measured, and of which job.
 
     Attributes:
-        probed: the job itself, or one of few layers with random weights, of which the
-            config.json is left.
+        probed: the job itself, or one of few layers with random weights, its config.json left.
         predicted: what was said of it.
         random_weights: whether it was the latter.
     """
