@@ -175,7 +175,9 @@ def test_the_fake_step_holds_what_the_trainings_own_holds(
     # trained parameters, their gradients and the optimizer's states are the same to the byte
     for category in ("adapters", "gradients", "optimizer"):
         assert abs(fake.most[category] - real.most[category]) <= 16, category
-    assert sum(fake.flops.values()) == pytest.approx(sum(real.flops.values()), rel=1e-3)
+    flops = sum(fake.flops.values()) / sum(real.flops.values())
+    # a real mask lets attention leave out what it hides
+    assert abs(flops - 1) < 1e-3 if job.flat else 0.999 < flops < 1.1
 
 
 @pytest.mark.slow
