@@ -31,8 +31,7 @@ _PLACES = """
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
     lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence
-    lean.sorted_gap
-    lean.magnitudes lean.combining
+    lean.sorted_gap lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
     four_bit quantization pooling model_dropout shards onnx_files write_journal shard_writer models
@@ -68,7 +67,7 @@ _PLACES = """
     planning.known_values planning.fake_optimizer planning.fake_lessons planning.fake_loss
     planning.fake_training planning.likeness planning.repetition planning.short_training
     planning.depth planning.length
-    planning.opening planning.stored_weights planning.held_model planning.loading
+    planning.opening planning.stored_weights planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.shape_source planning.changes planning.crossing planning.solver
     planning.maximize
