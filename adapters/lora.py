@@ -130,6 +130,8 @@ class LoRA(PeftStrategy):
             full_precision=tuple(head_names(skeleton)),
             original_weights=self.initialisation == "loftq",
             calibration_batches=CALIBRATION_BATCHES if self.initialisation == "eva" else 0,
+            decomposes=self.initialisation in ("pissa", "loftq"),
+            keeps_start=self.initialisation in (*CHANGES_BASE, "loftq"),
         )
 
     def peft_config(self, model: nn.Module, context: Context) -> PeftConfig:

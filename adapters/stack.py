@@ -67,6 +67,8 @@ class Stack(Strategy):
             calibration_batches=max((needs.calibration_batches for needs in found), default=0),
             lowest_trainable_layer=min((n.lowest_trainable_layer for n in found), default=0),
             extra_positions=sum(needs.extra_positions for needs in found),
+            decomposes=any(needs.decomposes for needs in found),
+            keeps_start=any(needs.keeps_start for needs in found),
             extends_sequence=any(needs.extends_sequence for needs in found),
         )
 

@@ -378,6 +378,17 @@ def run_apart(name: str, assets: Path) -> dict[str, Any] | None:
         return row
 
 
+def run_here(name: str, assets: Path) -> dict[str, Any] | None:
+    """The row of one training in this process, whose resident set says nothing of it."""
+    with tempfile.TemporaryDirectory(prefix="qft-plan-") as scratch:
+        try:
+            row = measured(name, assets, Path(scratch))
+        except Exception:
+            print(f"{name}: failed\n{traceback.format_exc()[-1500:]}", flush=True)
+            return None
+    return row | {key: None for key in row if key.startswith("resident")}
+
+
 def keep(row: dict[str, Any], order: Callable[[], Any] = trainings) -> None:
     """Writes a row in place of its former one; another run of this file may do so at the time."""
     with RESULTS.open("a+", encoding="utf-8") as file:
@@ -395,20 +406,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("assets", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(trainings()))
+    parser.add_argument(
+        "--together", action="store_true", help="in one process: quicker, live bytes alone"
+    )
     asked = parser.parse_args()
     import_all()
+    run = run_here if asked.together else run_apart
     for name in asked.only or list(trainings()):
-        row = run_apart(name, asked.assets)
+        row = run(name, asked.assets)
         if row is None:
             continue
         keep(row)
-        grown = row["resident_peak"] - row["resident_before"] - row["resident_files_grown"]
         print(
             f"{name}: {row['live_predicted'] / 1e6:.2f} MB predicted, "
-            f"{row['live_measured'] / 1e6:.2f} measured, {row['live_error']:+.3%}; "
-            f"resident set {grown / 1e6:.1f} MB",
+            f"{row['live_measured'] / 1e6:.2f} measured, {row['live_error']:+.3%}; {_grown(row)}",
             flush=True,
         )
+
+
+def _grown(row: dict[str, Any]) -> str:
+    if row["resident_peak"] is None:
+        return "resident set not measured"
+    grown = row["resident_peak"] - row["resident_before"] - row["resident_files_grown"]
+    return f"resident set {grown / 1e6:.1f} MB"
 
 
 if __name__ == "__main__":

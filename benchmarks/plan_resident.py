@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from qft.errors import QftError
 
 ROWS = Path(__file__).parent / "results" / "plan_resident.jsonl"
 BOUND = 0.10
@@ -186,22 +186,24 @@ def known_rows() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measures, a process a training, and judges."""
+    """Measures what is missing, and judges."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("assets", type=Path)
     parser.add_argument("--judge", action="store_true", help="nothing is measured")
-    parser.add_argument("--inside", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--part", default="1/1", help="2/3: the second of three runs side by side")
     asked = parser.parse_args()
-    if asked.inside is not None:
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(measured(asked.inside, asked.assets, asked.scratch)) + "\n")
-        return
+    part, parts = map(int, asked.part.split("/"))
     with tempfile.TemporaryDirectory(prefix="qft-plan-") as scratch:
-        for training in () if asked.judge else trainings():
-            if name_of(training) not in {row["name"] for row in known_rows()}:
-                command = [sys.executable, __file__, str(asked.assets), "--scratch", scratch]
-                subprocess.run([*command, "--inside", json.dumps(training)], check=False)
+        for training in () if asked.judge else list(trainings())[part - 1 :: parts]:
+            if name_of(training) in {row["name"] for row in known_rows()}:
+                continue
+            try:
+                row = measured(training, asked.assets, Path(scratch))
+            except QftError as error:
+                print(f"{name_of(training)}: {error}", flush=True)
+                continue
+            with ROWS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         found = judged(known_rows(), asked.assets, Path(scratch))
     for row in found:
         after = f", calibrated {row['calibrated']:+.1%}" if "calibrated" in row else ""

@@ -440,6 +440,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     _require_loaded(model, report["missing_keys"], folder)
     if not (settings or stored):
         model.to(chosen.device)
+    elif settings and chosen.device == "cpu":
+        quantization.leave_files(model)
     quantization.guard_cpu_kernels(model)
     if spec.task == "classify":
         install_pooling(model, _pooling(model, spec, folder))

@@ -140,6 +140,22 @@ def guard_cpu_kernels(model: nn.Module) -> int:
     return guarded
 
 
+def leave_files(model: nn.Module) -> None:
+    """Lets go of the files that a model was quantized from on a CPU, and of what that left free.
+
+    A tensor that nothing converted lies in the files' own pages. While one does, all pages that
+    were read stay resident, those of every quantized layer too: 600 of 950 MB in one case.
+    """
+    import torch
+
+    from qft.lean.trunk import give_back
+
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter):  # not bitsandbytes' own
+            tensor.data = tensor.data.clone()
+    give_back()
+
+
 def dequantized(module: nn.Module) -> Tensor:
     """The full weight of a linear module, shape ``[out, in]``, whatever holds it."""
     weight: Any = module.weight

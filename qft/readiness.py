@@ -47,8 +47,12 @@ class Ready:
     trained_parameters: int
 
 
-def make_ready(recipe: Recipe, inputs: Inputs) -> Ready:
+def make_ready(recipe: Recipe, inputs: Inputs, like: Ready | None = None) -> Ready:
     """Tries everything that needs no weight, the strategy itself on a skeleton included.
+
+    Args:
+        like: what was found for a recipe that differs in `memory` and `train` alone; what
+            they do not decide is not tried again.
 
     Raises:
         QftError: the training is refused.
@@ -57,15 +61,21 @@ def make_ready(recipe: Recipe, inputs: Inputs) -> Ready:
     if settings is not None and models.is_here(settings.teacher):  # else a cache may do
         plan_teacher(recipe, settings, inputs)
     spec = spec_of(recipe, inputs.train)
-    skeleton = models.open_skeleton(inputs.base, spec)
-    needs = recipe.strategy.needs(skeleton)
+    if like is not None and like.spec != spec:  # dropout is among `train`
+        like = None
+    skeleton = like.skeleton if like else models.open_skeleton(inputs.base, spec)
+    needs = like.needs if like else recipe.strategy.needs(skeleton)
     require_positions(recipe, inputs.base, needs.extra_positions)
     _require_packable(recipe, needs)
     _require_one_label(recipe, inputs.train.labels_are)
-    models.unquantized_in(inputs.base, spec, needs.full_precision)
+    if like is None:
+        models.unquantized_in(inputs.base, spec, needs.full_precision)
     held = models.held_as(models.read_config(inputs.base), recipe.quantize)
     context = _context(recipe, needs, skeleton, inputs, held)
-    count = _tried(recipe, inputs, spec, context)
+    if like is not None and like.context.total_steps == context.total_steps:
+        count = like.trained_parameters
+    else:
+        count = _tried(recipe, inputs, spec, context)
     return Ready(spec, skeleton, needs, held, context, count)
 
 

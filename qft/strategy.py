@@ -36,6 +36,8 @@ class Needs:
     lowest_trainable_layer: int = 0  # nothing below this decoder or encoder layer trains
     extra_positions: int = 0  # before the first token, of those the model has
     extends_sequence: bool = False  # puts tokens of its own before each row
+    decomposes: bool = False  # takes the singular values of each target's weight as it attaches
+    keeps_start: bool = False  # holds, and saves, the trained tensors' first values beside them
 
 
 @dataclass(frozen=True)

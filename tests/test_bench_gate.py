@@ -267,6 +267,19 @@ def test_figures_side_by_side_with_ratio_and_difference():
     assert found["memory.train.predicted.device_bytes"].b.median == 90
 
 
+def test_figures_are_in_one_order_and_empty_places_are_not_shown(book):
+    memory = {"train": {"predicted": {"device_bytes": 90, "host_bytes": 0}}}
+    one, two = run(memory=memory), run(memory=memory, predicted_peak_bytes=5, flops=7)
+    names = [found.name for found in compare(side(one), side(two))]
+    assert names.index("predicted_peak_bytes") < names.index("tokens_per_second")
+    assert names.index("flops") < names.index("metric.loss")
+    assert names[-1] == "memory.train.predicted.host_bytes"
+    ledger_file.append(one, book)
+    shown = qft("bench", "compare", "1", "1").stdout
+    assert "train: device, predicted" in shown
+    assert "train: host, predicted" not in shown
+
+
 @pytest.mark.parametrize(
     "changes, told",
     [
@@ -363,6 +376,11 @@ def test_other_columns_may_count_and_sort():
             table.table_of(methods(), **bad)
     with pytest.raises(RecipeError, match="no record"):
         table.table_of([run(exit_status=1)])
+
+
+def test_rows_that_are_equal_in_all_that_counts_do_not_beat_each_other():
+    twins = [run(strategy={"name": n}, recipe_hash=n, metrics={"loss": 1.0}) for n in ("a", "b")]
+    assert [row.best for row in table.table_of(twins).rows] == [True, True]
 
 
 def test_a_row_that_lacks_what_counts_is_not_marked_and_beats_nothing():

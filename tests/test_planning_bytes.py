@@ -153,7 +153,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+# of each kind one in every run; all of them take a minute
+QUICK = ("lora-dropout-nf4", "packed-smoothed", "without-engine", "prefix", "layers-adafactor",
+         "full-8-bit", "bert-tags", "t5-nf4", "taught-live")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
+)
 def test_the_fake_step_holds_what_the_trainings_own_holds(
     name: str, folders: dict[str, Path], tmp_path: Path
 ):
@@ -171,6 +178,7 @@ def test_the_fake_step_holds_what_the_trainings_own_holds(
     assert sum(fake.flops.values()) == pytest.approx(sum(real.flops.values()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_real_model_in_true_size(assets: Path, tmp_path: Path):
     values = values_of(tmp_path, assets / "models/mini-6m", "chat", LORA, quantize="nf4")
     job = job_of(values)

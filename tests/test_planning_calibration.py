@@ -446,7 +446,7 @@ def test_a_probe_without_weights_takes_few_layers_of_random_ones(folder: Path, e
     layers = found.probed.ready.skeleton.config.num_hidden_layers  # type: ignore[union-attr]
     assert layers == probe.FEW_LAYERS < CONFIG["num_hidden_layers"]
     reading, measured = readings[0], found.measured
-    assert measured.live_bytes == pytest.approx(reading.peak_bytes, rel=0.01)
+    assert measured.live_bytes == pytest.approx(reading.peak_bytes, rel=0.05)
     assert measured.flops == sum(reading.flops.values())
     assert measured.seconds > 0
     assert measured.resident_bytes is not None

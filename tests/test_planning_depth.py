@@ -6,29 +6,29 @@ from typing import Any
 
 import pytest
 
+from qft import readiness
 from qft.bench.shapes import SHAPES, TASKS
 from qft.planning import depth
 from qft.planning.depth import forget, step_reading
 from qft.planning.fake_training import FakeTraining
 from qft.planning.job import PlannedJob, imagined_examples, imagined_inputs, planned_job
-from qft.planning.length import largest_fitting
 from qft.planning.likeness import shortened
 from qft.planning.short_training import ShortTraining
-from qft.recipe import build_recipe
+from qft.recipe import Recipe, build_recipe
 
-_DECODER = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 6,
+_DECODER = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 5,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300}  # fmt: skip
 SMALL: dict[str, dict[str, Any]] = {
     "llama": SHAPES["llama-3.1-8b"] | _DECODER,
     "qwen": SHAPES["qwen2.5-0.5b"] | _DECODER,
     "gemma": SHAPES["gemma-3-1b"]
     | _DECODER
-    | {"num_hidden_layers": 14, "head_dim": 8, "sliding_window": 16},
+    | {"num_hidden_layers": 10, "head_dim": 8, "sliding_window": 16},
     "bert": SHAPES["bert-base"]
-    | {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 6,
+    | {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 5,
        "num_attention_heads": 4, "vocab_size": 300},
     "t5": SHAPES["t5-base"]
-    | {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 5, "num_decoder_layers": 6,
+    | {"d_model": 32, "d_kv": 8, "d_ff": 80, "num_layers": 5, "num_decoder_layers": 5,
        "num_heads": 4, "vocab_size": 300},
 }  # fmt: skip
 LORA = {"name": "lora", "rank": 4}
@@ -61,12 +61,17 @@ def make_job(
     return planned_job(recipe, imagined_inputs(recipe, folder), device)
 
 
+def with_memory(job: PlannedJob, **changes: Any) -> Recipe:
+    memory = job.recipe.memory.model_copy(update=changes)
+    return job.recipe.model_copy(update={"memory": memory})
+
+
 FAST = [
     ("llama", {"quantize": "nf4"}),
-    ("llama", {"checkpointing": 2, "device": "cpu"}),
+    ("llama", {"checkpointing": 1, "device": "cpu"}),
     ("qwen", {"checkpointing": "none", "strategy": {"name": "prefix", "length": 3}}),
     ("qwen", {"strategy": {"name": "full"}}),
-    ("qwen", {"checkpointing": "none", "strategy": {"name": "layers", "last": 2}}),
+    ("qwen", {"checkpointing": "none", "strategy": {"name": "layers", "last": 1}}),
     ("gemma", {"checkpointing": "none"}),
     ("bert", {"device": "cpu"}),
     ("t5", {"checkpointing": "none"}),
@@ -139,10 +144,10 @@ def test_a_question_is_answered_once_and_a_model_prepared_once(
     job = make_job(tmp_path / "model", SMALL["llama"])
     first = step_reading(job)
     assert step_reading(job) is first
-    rows = imagined_examples(job.inputs.task, 56, 2)
-    assert step_reading(job, rows) == FakeTraining(job).meter(rows)
-    kept = make_job(tmp_path / "model", SMALL["llama"], checkpointing=2)
-    assert step_reading(kept) == FakeTraining(kept).meter()
+    rows = imagined_examples(job.inputs.task, 56, 1)
+    kept = job.changed(with_memory(job, checkpointing=1))
+    assert step_reading(kept, rows) == FakeTraining(kept).meter(rows)
+    assert step_reading(kept).peak_bytes > first.peak_bytes
     assert step_reading(job) is first
     assert len(made) == 1
     quantized = make_job(tmp_path / "model", SMALL["llama"], quantize="nf4")
@@ -150,10 +155,39 @@ def test_a_question_is_answered_once_and_a_model_prepared_once(
     assert len(made) == 2
 
 
+def test_another_choice_of_savers_tries_no_strategy_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path / "model", SMALL["llama"])
+    tried: list[object] = []
+    plain = readiness._tried
+    monkeypatch.setattr(readiness, "_tried", lambda *args: tried.append(args) or plain(*args))
+    assert job.changed(with_memory(job, checkpointing="none")).ready.needs == job.ready.needs
+    train = job.recipe.train.model_copy(update={"max_length": 20})
+    assert job.changed(job.recipe.model_copy(update={"train": train})).ready.skeleton is (
+        job.ready.skeleton
+    )
+    assert not tried
+    twice = job.recipe.model_copy(update={"quantize": "nf4"})
+    assert job.changed(twice).ready.held == "nf4"
+    steps = job.recipe.train.model_copy(update={"max_steps": 77})
+    assert job.changed(job.recipe.model_copy(update={"train": steps})).ready.context.total_steps
+    assert len(tried) == 2
+
+
 def test_labels_are_part_of_the_question(tmp_path: Path) -> None:
     job = make_job(tmp_path / "model", SMALL["llama"] | {"vocab_size": 20000})
     few = imagined_examples(job.inputs.task, 40, 2, label_share=0.1)
     assert step_reading(job, few).peak_bytes < step_reading(job).peak_bytes
+
+
+def test_a_recomputed_layer_holds_no_mask(tmp_path: Path) -> None:
+    """Where a mask is wanted, each layer that keeps its activations has one of its own."""
+    length = 256
+    windows = make_job(tmp_path / "model", SMALL["gemma"], length=length)
+    kept = windows.changed(with_memory(windows, checkpointing="none"))
+    masks = 9 * length * length * 2  # of ten layers one sees everything
+    assert step_reading(windows).activation_bytes < masks < step_reading(kept).activation_bytes
 
 
 @pytest.mark.parametrize(
@@ -178,42 +212,3 @@ def test_the_layers_that_stay_stand_for_all(likenesses: str, kept: int) -> None:
     stays = "".join(likenesses[number] for number in short.kept)
     for number, place in enumerate(short.stands_for):
         assert around(stays, place) == around(likenesses, number)
-
-
-def _line(length: int) -> int:
-    return 1_000_000 + 70 * length
-
-
-def _steps(length: int) -> int:
-    return 1000 * (length // 512) + length // 7
-
-
-def _bent(length: int) -> int:
-    return max(5_000_000 + 10 * length, 400 * length, length * length // 3)
-
-
-@pytest.mark.parametrize("taken", [_line, _steps, _bent])
-@pytest.mark.parametrize("length", [64, 128, 640, 9984, 131_008, 131_072])
-@pytest.mark.parametrize("more", [0, 63])
-def test_the_largest_length_that_fits(taken: Any, length: int, more: int) -> None:
-    asked: list[int] = []
-
-    def counted(at: int) -> int:
-        asked.append(at)
-        return int(taken(at))
-
-    budget = taken(length + more)
-    found = largest_fitting(counted, budget, least=64, most=131_072, step=64)
-    assert found is not None
-    expected = max(at for at in range(64, 131_073, 64) if taken(at) <= budget)
-    assert found == expected
-    assert found in asked
-    assert found == 131_072 or found + 64 in asked
-    assert len(asked) == len(set(asked)) <= 24
-    if taken is _line:
-        assert len(asked) <= 8
-
-
-def test_where_not_even_the_least_length_fits() -> None:
-    assert largest_fitting(_line, 999_999, least=64, most=4096, step=64) is None
-    assert largest_fitting(_line, 2_000_000, least=100, most=120, step=64) is None

@@ -66,14 +66,14 @@ _PLACES = """
     readiness planning.amounts planning.flat_rows planning.job planning.skeletons
     planning.known_values planning.fake_optimizer planning.fake_lessons planning.fake_loss
     planning.fake_training planning.likeness planning.repetition planning.short_training
-    planning.depth planning.length
+    planning.depth
     planning.opening planning.stored_weights planning.loading
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.shape_source planning.changes planning.crossing planning.solver
     planning.maximize
     planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
     planning.forecast planning.run checking fitting training
-    planning.measured_step planning.probe folds
+    planning.measured_step planning.probe planning.table folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts
     gguf.rounding gguf.file gguf.mixes gguf.naming gguf.contract gguf.turned gguf.rotary
     gguf.decoders gguf.gemma gguf.gpt2 gguf.bert gguf.architectures
@@ -85,7 +85,7 @@ _PLACES = """
     export.delta_rounding export.layer_rows export.bnb_format
     export.integer_rounding export.error_compensation export.integer_plan
     export.compressed_schemes export.torchao_format
-    export.writers export.formats planning.afterwards
+    export.writers export.formats planning.afterwards planning.plan
     verification.thresholds verification.gguf_config verification.gguf_encoder
     verification.onnx_model verification.read_back verification.diagnosis verification.tally
     verification.subject verification.adapter_file
@@ -101,6 +101,7 @@ _PLACES = """
     terminal
     bench.figures bench.sides bench.compare bench.gate bench.table bench.listing bench.plots
     bench.repeat bench.commands
+    planning.command
     cli
 """
 ORDER = _PLACES.split()

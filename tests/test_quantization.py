@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qft import quantization
+from qft import models, quantization
 from qft.errors import ModelError, RecipeError
 from qft.quantization import (
     KINDS,
@@ -499,3 +500,14 @@ def compare(models: list[nn.Module], batch: dict[str, Tensor]) -> None:
     assert mine
     for name, gradient in mine.items():
         torch.testing.assert_close(gradient, its[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel does not tell")
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_model_lets_go_of_its_files(kind: str, tiny_llama: Path, tmp_path: Path):
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))  # nobody else has opened it
+    spec = models.ModelSpec(str(folder), quantize=kind, dtype=torch.float32, device="cpu")
+    model = models.open_model(folder, spec)
+    assert any(p.is_floating_point() for p in model.parameters())  # as they are stored
+    held = Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert str(folder / "model.safetensors") not in held

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qft.bench.figures import Figure, medians, ratio, shown, title
+from qft.bench.figures import MEASURES, METRIC, Figure, medians, ratio, shown, title
 from qft.bench.ledger_file import Record
 from qft.bench.sides import Side, require_done
 
@@ -57,11 +57,19 @@ def compare(a: Side, b: Side) -> list[Compared]:
         require_done(side)
     first, second = medians(a.records), medians(b.records)
     found = []
-    for name in [*first, *(name for name in second if name not in first)]:
+    for name in sorted(dict.fromkeys([*first, *second]), key=_place):
         one, two = first.get(name), second.get(name)
         both = (one.median, two.median) if one and two else None
         found.append(Compared(name, one, two, both and ratio(*both), both and both[1] - both[0]))
     return found
+
+
+def _place(name: str) -> tuple[int, int]:
+    """The order of figures: those of the whole, metrics, phases; within these as they came."""
+    known = list(MEASURES)
+    if name in MEASURES:
+        return 0, known.index(name)
+    return (1 if name.startswith(METRIC) else 2), 0
 
 
 def warnings(a: Side, b: Side) -> list[str]:
@@ -148,6 +156,8 @@ def rows_of(compared: Sequence[Compared], a: Side, b: Side) -> list[tuple[str, .
     """A table's cells, the heads first."""
     rows: list[tuple[str, ...]] = [("", a.name, b.name, "B/A", "B − A")]
     for one in compared:
+        if not any(figure and figure.high for figure in (one.a, one.b)) and "memory." in one.name:
+            continue  # a place that no phase takes anything of
         rows.append((
             title(one.name), cell(one.name, one.a), cell(one.name, one.b),
             "" if one.ratio is None else f"{one.ratio:.3f}",

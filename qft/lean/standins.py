@@ -79,15 +79,15 @@ class OnCuda(torch.autograd.Function):
         """As the CPU's kernel."""
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         result, normalisers = kernel(query, key, value, 0.0, causal, attn_mask=mask, scale=scale)
-        ctx.save_for_backward(query, key, value, result, normalisers)
-        ctx.settings = causal, mask, scale
+        ctx.save_for_backward(query, key, value, result, normalisers, mask)
+        ctx.settings = causal, scale
         return result  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """As the CPU's kernel, with that memory held."""
-        query, key, value, result, normalisers = ctx.saved_tensors
-        causal, mask, scale = ctx.settings
+        query, key, value, result, normalisers, mask = ctx.saved_tensors
+        causal, scale = ctx.settings
         room = [torch.empty_like(query, dtype=torch.float32), torch.empty_like(normalisers)]
         if key.shape[1] != query.shape[1]:
             room += [torch.empty_like(query), torch.empty_like(query)]

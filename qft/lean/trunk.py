@@ -91,7 +91,7 @@ class Unloaded:
             nothing = torch.zeros((), dtype=view.tensor.dtype, device=view.tensor.device)
             view.tensor.data = nothing.expand(view.shape)
         self.bytes = sum(self._sizes)
-        _give_back()
+        give_back()
 
     def restore(self) -> None:
         """Every tensor has its values again, in ordinary memory on its device; once."""
@@ -122,7 +122,7 @@ def has_left(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Allocators keep what was freed for later; here others are to have it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -12,6 +12,5 @@ A plan is made of phases (load, train, evaluate, save, merge, export), each with
     phases.py         load, train, evaluate and save; loading.py, evaluating.py, generating.py and
                       saving.py know one each, caches.py what lies on the disk beside a run
     afterwards.py     merge and export, when the training is over; shape_source.py: what they write
-    held_model.py     a model without a byte, quantized as it will be held
     stored_weights.py what its files hold, or would
 """

@@ -35,10 +35,11 @@ from qft.planning.shape_source import ShapeSource
 from qft.shards import BLOCK_NUMBERS, tensor_bytes
 
 _BLOCK_BYTES = 4 * BLOCK_NUMBERS  # of float32
-_FIXED_BYTES = 24 * 2**20  # what the libraries keep once they have worked (measured)
-_MERGE_BLOCKS = 4.0  # float32 blocks alive at once (measured)
+_FIXED_BYTES = 40 * 2**20  # what the libraries take when they first work (benchmarks/merge_peak)
+_MERGE_BLOCKS = 5.0  # float32 blocks of a layer's matrix alive at once (the same)
+_K_BLOCKS = 8.0  # GGUF's K-quants, whose scales are searched for (benchmarks/gguf_peak)
 _BLOCKS = {
-    "safetensors": 4.0, "bnb": 6.0, "compressed-tensors": 6.0, "torchao": 6.0, "gguf": 8.0,
+    "safetensors": 4.0, "bnb": 6.0, "compressed-tensors": 6.0, "torchao": 6.0, "gguf": 3.5,
     "gguf-lora": 1.0,
 }  # fmt: skip
 _ONNX_COPIES = {"onnx:fp32": 1.0, "onnx:int8": 1.5}  # of the float32 model, beside it (measured)
@@ -79,7 +80,7 @@ def merge_phase(job: PlannedJob, source: ShapeSource) -> PhaseBytes:
     """`qft merge`: the base's tensors with the change in them, as they are stored."""
     size = source.bytes()
     disk = {"merged model": size + files_bytes(source.files) + _TEXT_BYTES}
-    return _phase(job, "merge", _streaming(source, _MERGE_BLOCKS, job), disk)
+    return _phase(job, "merge", _streaming(source, _MERGE_BLOCKS, job, merged=True), disk)
 
 
 def export_phase(job: PlannedJob, source: ShapeSource, format: str) -> PhaseBytes:
@@ -101,20 +102,26 @@ def _memory(job: PlannedJob, source: ShapeSource, format: str) -> dict[str, int]
     if family == "onnx":
         whole = sum(4 * math.prod(source.shape(name)) for name in source.names())
         return {"weights": whole, "buffers": round(_ONNX_COPIES[format] * whole) + _ONNX_BYTES}
-    memory = _streaming(source, _BLOCKS[family], job)
+    searched = family == "gguf" and ("_k" in format or "iq" in format)
+    memory = _streaming(source, _K_BLOCKS if searched else _BLOCKS[family], job)
     if fitted_unasked(format):
         memory = {"buffers": max(sum(memory.values()), sum(_fitting(job).values()))}
     return memory
 
 
-def _streaming(source: ShapeSource, blocks: float, job: PlannedJob) -> dict[str, int]:
-    """Blocks of the largest tensor on their way, and the adapter's own tensors beside them.
+def _streaming(
+    source: ShapeSource, blocks: float, job: PlannedJob, *, merged: bool = False
+) -> dict[str, int]:
+    """Blocks of the largest tensor on their way.
 
     Args:
         blocks: float32 blocks alive at once.
+        merged: only what an adapter changes becomes float32: the layers' matrices.
     """
-    largest = max(4 * math.prod(source.shape(name)) for name in source.names())
-    return {"buffers": round(blocks * min(_BLOCK_BYTES, largest)) + _FIXED_BYTES}
+    sizes = [math.prod(source.shape(name)) for name in source.names()]
+    if merged:
+        sizes = [module.weight.numel() for module in _linears(job)] or sizes
+    return {"buffers": round(blocks * min(_BLOCK_BYTES, 4 * max(sizes))) + _FIXED_BYTES}
 
 
 def _fitting(job: PlannedJob) -> dict[str, int]:

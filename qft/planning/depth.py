@@ -27,6 +27,9 @@ def step_reading(
 ) -> Reading:
     """The second training step on these examples, as of all layers.
 
+    Exact, but for what a strategy computes from all layers' parameters outside of the layers
+    (AdaLoRA's orthogonality, some kilobytes to megabytes): of that only some is counted.
+
     Args:
         job: what is trained.
         examples: of one optimizer step; None is the micro-batch that needs most.

@@ -22,6 +22,8 @@ from qft.lean.meter import Meter, Reading
 from qft.planning.amounts import PhaseBytes
 from qft.planning.fake_training import prepared_skeleton
 from qft.planning.job import PlannedJob
+from qft.planning.loading import adapter_bytes
+from qft.planning.short_training import shorten
 from qft.preparation import prepared
 from qft.step import announced
 
@@ -29,12 +31,22 @@ MICRO_BATCH = 8  # `qft.evaluation.evaluate`'s own
 
 
 class FakeEvaluation:
-    """A job's model on fake tensors, ready to be evaluated."""
+    """A job's model on fake tensors, ready to be evaluated.
+
+    Without gradients a layer leaves nothing behind, so that those that are like others need not
+    run; but for a decoder's that answers with classes, which keep keys and values meanwhile.
+
+    Attributes:
+        trained_tensors: how many parameters train.
+    """
 
     def __init__(self, job: PlannedJob) -> None:
         self.job = job
         self.device = "cpu" if job.device == "cpu" else DEVICE
         self.model = prepared_skeleton(job)
+        self.trained_tensors = sum(p.requires_grad for p in self.model.parameters())
+        if job.inputs.task.predicts == "tokens":
+            shorten(self.model)
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self._mode:
             fill_with_fakes(self.model, self.device)
@@ -59,6 +71,23 @@ class FakeEvaluation:
         return torch.empty(value.shape, dtype=value.dtype, device=self.device)
 
 
+def fake_evaluation(job: PlannedJob) -> FakeEvaluation:
+    """The same, made once for jobs whose models are the same; the last few are kept."""
+    recipe, ready = job.recipe, job.ready
+    config = (job.inputs.base / "config.json").read_bytes()
+    key = repr((config, ready.spec, ready.held, ready.needs, recipe.strategy, recipe.memory.savers,
+                job.device, job.inputs.task.name))  # fmt: skip
+    found = _kept.pop(key, None) or FakeEvaluation(job)
+    _kept[key] = found
+    while len(_kept) > _MOST_KEPT:
+        _kept.pop(next(iter(_kept)))
+    return found
+
+
+_MOST_KEPT = 3
+_kept: dict[str, FakeEvaluation] = {}
+
+
 def evaluate_phase(
     job: PlannedJob, reading: Reading, teacher_bytes: int = 0, micro_batch: int = MICRO_BATCH
 ) -> PhaseBytes | None:
@@ -73,9 +102,11 @@ def evaluate_phase(
     if examples is None:
         return None
     longest = sorted(examples, key=lambda e: -len(e.inputs["input_ids"]))[:micro_batch]
-    found = FakeEvaluation(job).meter(longest)
+    found = fake_evaluation(job).meter(longest)
     made = {k: v for k, v in found.peak.by_category.items() if k not in ("weights", "adapters")}
     lasting = {k: reading.most[k] for k in ("weights", "adapters", "optimizer")}
+    lasting["weights"] -= teacher_bytes  # the reading counts them together
+    lasting["adapters"] = adapter_bytes(job, reading)
     if job.recipe.train.optimizer.startswith("paged") and job.device != "cpu":
         lasting["optimizer"] = 0  # it leaves where something else needs the room
     device = {**lasting, "temporary": sum(made.values()), "teacher": teacher_bytes}

@@ -11,7 +11,7 @@ from qft.bench.fake_model import fused_attention
 from qft.evaluation import evaluating
 from qft.lean.meter import Meter, Reading
 from qft.planning.amounts import PhaseBytes
-from qft.planning.evaluating import FakeEvaluation
+from qft.planning.evaluating import fake_evaluation
 from qft.planning.job import PlannedJob
 from qft.planning.key_values import cross_bytes, key_value_bytes, layer_bytes, prompt_bytes
 from qft.preparation import inner_model
@@ -31,8 +31,8 @@ def generate_phase(
         new_tokens: at most so many are written.
         rows: texts at once.
     """
-    model: Any = inner_model(FakeEvaluation(job).model)
-    config, dtype = model.config, job.dtype
+    whole: Any = job.ready.skeleton
+    config, dtype = whole.config, job.dtype
     choice = rows * int(config.get_text_config(decoder=True).vocab_size) * _LOGITS_BYTES
     halves = bool(config.is_encoder_decoder)
     crossed = cross_bytes(config, rows, prompt, dtype)
@@ -52,7 +52,7 @@ def generate_phase(
 
 def _prompt_pass(job: PlannedJob, prompt: int, rows: int) -> int:
     """What a prompt's forward pass holds beside the weights; the last position alone has logits."""
-    fake = FakeEvaluation(job)
+    fake = fake_evaluation(job)
     model: Any = fake.model
     inner = inner_model(model)
     body = inner.get_encoder() if inner.config.is_encoder_decoder else inner.base_model

@@ -98,7 +98,10 @@ class PlannedJob:
         inputs = self.inputs
         if recipe.train.max_length < self.recipe.train.max_length:
             inputs = replace(inputs, train=_cut(inputs.train, recipe.train.max_length))
-        return PlannedJob(recipe, inputs, make_ready(recipe, inputs), self.device)
+        other = {"memory": recipe.memory, "train": recipe.train}
+        same_model = self.recipe.model_copy(update=other) == recipe
+        ready = make_ready(recipe, inputs, self.ready if same_model else None)
+        return PlannedJob(recipe, inputs, ready, self.device)
 
 
 def planned_job(recipe: Recipe, inputs: Inputs, device: str | None = None) -> PlannedJob:

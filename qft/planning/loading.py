@@ -24,11 +24,12 @@ from qft.distillation.objective import DistillSettings
 from qft.distillation.supply import settings_in
 from qft.distillation.teachers import teacher_folder
 from qft.lean.meter import Reading
+from qft.lean.model_parts import layer_stacks
 from qft.lean.standins import QuantizedLinear
 from qft.planning.amounts import PhaseBytes
-from qft.planning.held_model import held_bytes, held_skeleton
 from qft.planning.job import PlannedJob
-from qft.planning.stored_weights import stored_tensors
+from qft.planning.skeletons import open_held_skeleton
+from qft.planning.stored_weights import held_bytes, stored_tensors
 
 # bytes a weight that bitsandbytes holds beside a layer while it quantizes it on a CPU: the layer in
 # float32, and as much again for the rounding (measured); on a GPU its kernel takes the layer as is
@@ -59,12 +60,12 @@ def load_phase(job: PlannedJob, reading: Reading) -> PhaseBytes:
         reading: of the training's step; it knows weights and adapters.
     """
     own = opened(job)
-    adapters, weights = reading.most["adapters"], reading.most["weights"]
-    teacher, beside = teacher_bytes(job), 0
+    adapters, teacher, beside = adapter_bytes(job, reading), teacher_bytes(job), 0
+    weights = own_weights(reading, teacher)
     if teacher is not None:  # it comes when the student is there
         beside = max(own.device - adapters - teacher.weights, teacher.device)
     loading = {"weights": weights, "buffers": own.device}
-    after = {"weights": weights, "adapters": adapters}
+    after = {"weights": weights, "adapters": adapters, "temporary": attach_bytes(job)}
     if teacher is not None:
         after |= {"teacher": teacher.weights, "buffers": beside}
     device = max((loading, after), key=lambda moment: sum(moment.values()))
@@ -74,6 +75,35 @@ def load_phase(job: PlannedJob, reading: Reading) -> PhaseBytes:
         host = {"buffers": on_host, "weights": reading.host_peak.by_category["weights"]}
     note = "The weights are the file's own pages, which come in as they are used." * own.mapped
     return PhaseBytes("load", _some(device), _some(host), note=note)
+
+
+def own_weights(reading: Reading, teacher: Opened | None) -> int:
+    """Of the model alone: a step's reading counts a teacher beside it as well."""
+    return reading.most["weights"] - (0 if teacher is None else teacher.weights)
+
+
+def adapter_bytes(job: PlannedJob, reading: Reading) -> int:
+    """Of what trains, and of its first values where the strategy keeps them."""
+    trained = reading.most["adapters"]
+    return 2 * trained if job.ready.needs.keeps_start else trained
+
+
+def attach_bytes(job: PlannedJob) -> int:
+    """While a strategy takes a weight's singular values: of the largest, in float32.
+
+    The weight, LAPACK's copy and its room for ``gesdd``, the two factors; of a quantized weight
+    also the original and the difference.
+    """
+    if not job.ready.needs.decomposes:
+        return 0
+    sizes = [
+        (module.out_features, module.in_features)
+        for stack in layer_stacks(job.ready.skeleton).values()
+        for module in stack.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    copies = 4 if job.ready.needs.original_weights else 2
+    return max(4 * (copies * m * n + (m + n) * min(m, n) + 4 * min(m, n) ** 2) for m, n in sizes)
 
 
 def opened(job: PlannedJob) -> Opened:
@@ -110,7 +140,7 @@ def described_teacher(job: PlannedJob, settings: DistillSettings) -> Opened | No
 
 
 def _opened(spec: models.ModelSpec, folder: Path, device: str, keep: Sequence[str] = ()) -> Opened:
-    skeleton = held_skeleton(folder, spec, keep)
+    skeleton = open_held_skeleton(folder, spec, keep)
     stored = stored_tensors(folder, models.open_skeleton(folder, spec))
     weights = held_bytes(skeleton)
     assert spec.dtype is not None

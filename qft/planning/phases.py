@@ -8,9 +8,9 @@ from pathlib import Path
 from qft.lean.meter import Reading
 from qft.planning.amounts import PhaseBytes
 from qft.planning.caches import cache_bytes
-from qft.planning.evaluating import evaluate_phase
+from qft.planning.evaluating import evaluate_phase, fake_evaluation
 from qft.planning.job import PlannedJob
-from qft.planning.loading import load_phase, teacher_bytes
+from qft.planning.loading import adapter_bytes, load_phase, teacher_bytes
 from qft.planning.saving import room_note, save_phase
 
 
@@ -25,7 +25,7 @@ def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
     beside = 0 if teacher is None else teacher.weights
     training = train_phase(job, reading, beside)
     evaluation = evaluate_phase(job, reading, beside)
-    saving = save_phase(job, reading, trained_tensors(job), training)
+    saving = save_phase(job, reading, fake_evaluation(job).trained_tensors, training)
     needed = training.disk_peak + saving.disk_peak
     saving = replace(saving, note=room_note(needed, Path(job.recipe.output)))
     found = [load_phase(job, reading), training, evaluation, saving]
@@ -39,6 +39,8 @@ def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseByt
         teacher: bytes of a teacher that stays in memory.
     """
     device = {**reading.peak.by_category, "teacher": teacher}
+    device["weights"] -= teacher  # the reading counts them together
+    device["adapters"] += adapter_bytes(job, reading) - reading.most["adapters"]
     host = dict(reading.host_peak.by_category) if job.device != "cpu" else {}
     note = ""
     if job.recipe.train.optimizer.startswith("paged") and job.device != "cpu":
@@ -46,13 +48,6 @@ def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseByt
         host["optimizer"] = host.get("optimizer", 0) + reading.most["optimizer"]
     disk = cache_bytes(job)
     return PhaseBytes("train", _some(device), _some(host), disk, sum(disk.values()), note)
-
-
-def trained_tensors(job: PlannedJob) -> int:
-    """How many parameters train."""
-    from qft.planning.fake_training import prepared_skeleton
-
-    return sum(p.requires_grad for p in prepared_skeleton(job).parameters())
 
 
 def _some(values: dict[str, int]) -> dict[str, int]:

@@ -7,11 +7,13 @@ the prediction it is compared with is of that smaller model too.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -68,7 +70,8 @@ class ProbeResult:
     """What was measured, and of which job.
 
     Attributes:
-        probed: the job itself, or one of few layers with random weights, whose folder is gone.
+        probed: the job itself, or one of few layers with random weights, of which the
+            config.json is left.
         predicted: what was said of it.
         random_weights: whether it was the latter.
     """
@@ -285,12 +288,18 @@ def shallow_job(job: PlannedJob) -> Iterator[PlannedJob]:
             found=f"{human_bytes(nbytes)} of weights, {human_bytes(free)} free",
             fix="qft plan without --probe",
         )
-    with tempfile.TemporaryDirectory(prefix="qft-probe-") as folder:
+    folder = Path(tempfile.mkdtemp(prefix="qft-probe-"))
+    # the config is read again when the result is kept; the weights go at once
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
         with torch.random.fork_rng(devices=[]):
             made = kind(config).to(job.dtype)
         made.save_pretrained(folder)
         del made
-        yield planned_job(job.recipe, replace(job.inputs, base=Path(folder)), job.device)
+        yield planned_job(job.recipe, replace(job.inputs, base=folder), job.device)
+    finally:
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
 
 
 def cut_depth(config: Any, layers: int) -> None:

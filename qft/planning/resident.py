@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
-ONCE_BYTES = 48 * MIB  # growth of a process from its imports to its first steps
+ONCE_BYTES = 34 * MIB  # growth of a process from its imports to its first steps
 KERNEL_BYTES = int(0.7 * MIB)  # of one shape of product, in 16 bits
 MOST_KERNELS = 1024  # oneDNN forgets the oldest beyond (ONEDNN_PRIMITIVE_CACHE_CAPACITY)
 KERNELS_A_WIDTH = 25  # products of a forward and a backward pass that a number of tokens decides

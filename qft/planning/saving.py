@@ -13,6 +13,7 @@ from qft.files import free_disk_bytes
 from qft.lean.meter import Reading
 from qft.planning.amounts import PhaseBytes
 from qft.planning.job import PlannedJob
+from qft.planning.loading import adapter_bytes
 from qft.progress import human_bytes
 
 _RANDOM_BYTES = 5056 + 4 * 624  # torch's and numpy's generators; a GPU's adds 16
@@ -29,7 +30,7 @@ def save_phase(job: PlannedJob, reading: Reading, tensors: int, lasting: PhaseBy
         tensors: how many train.
         lasting: the training's phase: weights, adapters and states stay.
     """
-    adapter, states = reading.most["adapters"], reading.most["optimizer"]
+    adapter, states = adapter_bytes(job, reading), reading.most["optimizer"]
     kept = ("weights", "adapters", "optimizer", "teacher")
     device = {name: size for name, size in lasting.device.items() if name in kept}
     host: dict[str, int] = {}
@@ -38,14 +39,14 @@ def save_phase(job: PlannedJob, reading: Reading, tensors: int, lasting: PhaseBy
         host = {**own, "buffers": max(adapter, states)}
     one = checkpoint_bytes(adapter, states, tensors)
     count = checkpoints_kept(job)
-    disk = {"checkpoints": one * count, "adapter": adapter_bytes(adapter, tensors)}
+    disk = {"checkpoints": one * count, "adapter": folder_of_adapter(adapter, tensors)}
     rotating = one if checkpoints_made(job) > count else 0
     return PhaseBytes(
         "save", device, host, {k: v for k, v in disk.items() if v}, sum(disk.values()) + rotating
     )
 
 
-def adapter_bytes(trained: int, tensors: int) -> int:
+def folder_of_adapter(trained: int, tensors: int) -> int:
     """Of an adapter folder.
 
     Args:
@@ -64,7 +65,7 @@ def checkpoint_bytes(trained: int, states: int, tensors: int) -> int:
         tensors: how many train.
     """
     text = _TEXT_BYTES + tensors * _STATE_TEXT_BYTES
-    return adapter_bytes(trained, tensors) + states + _RANDOM_BYTES + text
+    return folder_of_adapter(trained, tensors) + states + _RANDOM_BYTES + text
 
 
 def checkpoints_made(job: PlannedJob) -> int:

@@ -228,3 +228,10 @@ def _cut(example: Example, tokens: int = 8) -> Example:
             for name, value in example.inputs.items()
         },
     )
+
+
+def shorten(model: nn.Module) -> None:
+    """Takes out of a prepared model, for good, the layers that are like others."""
+    inner = inner_model(model)
+    for name, stack in layer_stacks(inner).items():
+        _Stack(name, stack, _configs_around(inner, name)).shorten(1)

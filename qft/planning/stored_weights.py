@@ -99,3 +99,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     if named is None and isinstance(inner, dict):
         named = inner.get("dtype") or inner.get("torch_dtype")
     return DTYPES.get(str(named).removeprefix("torch."), torch.float32)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Of parameters and buffers, each once."""
+    sizes = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return sum(sizes.values())
