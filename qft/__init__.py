@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qft.export.delivery import merge
     from qft.healing import heal
     from qft.opening import open_any
+    from qft.planning.plan import plan
     from qft.preparation import prepare, unprepare
     from qft.pruning.prune import prune
     from qft.recipe import Recipe, build_recipe, load_recipe
@@ -35,6 +36,7 @@ _HOMES = {
     "load_recipe": "qft.recipe",
     "merge": "qft.export.delivery",
     "open_any": "qft.opening",
+    "plan": "qft.planning.plan",
     "prepare": "qft.preparation",
     "prune": "qft.pruning.prune",
     "teach": "qft.distillation.teach",
@@ -54,6 +56,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "open_any",
+    "plan",
     "prepare",
     "prune",
     "teach",
