@@ -132,6 +132,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "pissa": ("qwen2", "text", {**LORA, "initialisation": "pissa"}, {}),
     "prefix": ("llama", "instruct", {"name": "prefix", "length": 8}, {}),
     "prompt": ("llama", "instruct", {"name": "prompt", "length": 8}, {}),
+    # bitsandbytes' own 8-bit product keeps its inputs
+    "prompt-int8": ("llama", "instruct", {"name": "prompt", "length": 8}, {"quantize": "int8"}),
     "ia3": ("llama", "text", {"name": "ia3"}, {}),
     "adalora": ("llama", "text", {"name": "adalora", "rank": 2, "initial_rank": 4, "warmup": 0,
                                   "settled": 0.1}, {}),
@@ -154,8 +156,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 # of each kind one in every run; all of them take a minute
-QUICK = ("lora-dropout-nf4", "packed-smoothed", "without-engine", "prefix", "layers-adafactor",
-         "full-8-bit", "bert-tags", "t5-nf4", "taught-live")  # fmt: skip
+QUICK = ("lora-dropout-nf4", "packed-smoothed", "without-engine", "prefix", "prompt-int8",
+         "layers-adafactor", "full-8-bit", "bert-tags", "t5-nf4", "taught-live")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,10 @@ class QuantizedLinear(nn.Linear):
         return torch.empty(shape, dtype=dtype, device=self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """As bitsandbytes: the weight is dequantized, and not kept for the backward pass."""
+        """As bitsandbytes: the weight is dequantized, and not kept for the backward pass.
+
+        Its 8-bit product keeps the layer's input, which its 4-bit one does not.
+        """
         result: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return result if self.bias is None else result + self.bias
 
@@ -189,6 +192,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
+        if layer.kind == "int8" and ctx.needs_input_grad[0]:
+            ctx.kept = x  # bitsandbytes needs it no more, and yet keeps it with the graph
         return x @ layer.fresh(x.dtype).t()
 
     @staticmethod
