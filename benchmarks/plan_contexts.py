@@ -14,6 +14,7 @@ No weight is loaded and no GPU is needed: these are predictions, each with the s
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import time
 from collections.abc import Iterator
@@ -68,13 +69,13 @@ def _peak(job: PlannedJob, calibration: Calibration) -> int:
 
 def estimated(shape: str) -> dict[str, Any]:
     """What `accelerate estimate-memory` would print, by its own functions."""
-    from accelerate.commands.estimate import estimate_training_usage
-    from accelerate.utils import calculate_maximum_sizes
+    estimate = importlib.import_module("accelerate.commands.estimate")
+    sizes = importlib.import_module("accelerate.utils")  # neither has types
 
     recipe = recipe_of(shape, [*ALWAYS], {"quantize": "none", "dtype": "float32"})
     with opened_job(recipe, "cpu") as (job, _):
-        total, _ = calculate_maximum_sizes(job.ready.skeleton)
-    training = max(estimate_training_usage(total, "bfloat16").values())
+        total, _ = sizes.calculate_maximum_sizes(job.ready.skeleton)
+    training = max(estimate.estimate_training_usage(total, "bfloat16").values())
     return {"shape": shape, "accelerate_int4_bytes": total // 8,
             "accelerate_training_bytes": training}  # fmt: skip
 
