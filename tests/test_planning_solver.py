@@ -15,7 +15,7 @@ from qft.errors import RecipeError
 from qft.planning import changes
 from qft.planning.changes import Change, changed_recipe, ladder, written
 from qft.planning.crossing import crossing
-from qft.planning.fake_training import FakeTraining
+from qft.planning.depth import step_reading
 from qft.planning.job import PlannedJob, imagined_inputs, planned_job
 from qft.planning.solver import Solution, Trials, climbed, solve
 from qft.recipe import load_recipe
@@ -341,7 +341,7 @@ def test_the_crossing_is_found_in_few_trials_from_either_side(bend):
 
 
 def metered(job: PlannedJob) -> int:
-    return FakeTraining(job).meter().peak_bytes
+    return step_reading(job).peak_bytes
 
 
 @pytest.fixture
@@ -369,6 +369,7 @@ def test_the_solved_recipe_is_within_the_budget_and_no_change_is_too_many(job_of
     assert metered(job.changed(changed_recipe(job.recipe, made[:-1]))) > budget
 
 
+@pytest.mark.slow
 def test_a_gpus_ladder_on_the_real_forecast(job_of, shallow):
     job = job_of("cuda", shallow, dtype="bfloat16", train={"max_length": 64, "batch_size": 2})
     trials = Trials(job, metered)
