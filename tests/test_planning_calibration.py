@@ -376,15 +376,15 @@ def test_seconds_are_operations_over_a_rate(job: PlannedJob, empty: Calibration)
     plain = Kind(kind.device, kind.dtype, versions=kind.versions)
     empty.record_rate(plain, "products", 1e9)
     reading = reading_of(10**6)
-    # 4 examples of 32 tokens a step, and the reading is of 2
-    assert speed.flops_a_step(job, reading) == 6e6
+    # 4 examples of 32 tokens a step, and the reading is of two micro-batches of 2
+    assert speed.flops_a_step(job, reading) == 3e6
     seconds, basis = speed.seconds_a_step(job, reading, empty)  # type: ignore[misc]
-    assert seconds == pytest.approx(6e6 / (1e9 * speed.EFFICIENCY["cpu"][2]))
+    assert seconds == pytest.approx(3e6 / (1e9 * speed.EFFICIENCY["cpu"][2]))
     assert "estimated" in basis
     for rate in (2e8, 3e8, 9e8):
         empty.record_rate(kind, "training", rate)
     seconds, basis = speed.seconds_a_step(job, reading, empty)  # type: ignore[misc]
-    assert seconds == pytest.approx(6e6 / 3e8)
+    assert seconds == pytest.approx(3e6 / 3e8)
     assert basis == "measured here: 3 trainings"
     found = speed.speed_of(job, reading, empty)
     assert found is not None

@@ -1,6 +1,7 @@
 """A deep model's step from a few of its layers, and the largest length that fits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from qft import readiness
 from qft.bench.shapes import SHAPES, TASKS
+from qft.lean.timeline import Reading
 from qft.planning import depth
 from qft.planning.depth import forget, step_reading
 from qft.planning.fake_training import FakeTraining
@@ -82,13 +84,21 @@ def _named(case: Any) -> str:
     return "-".join(str(part) for part in case) if isinstance(case, tuple) else str(case)
 
 
+def assert_same(short: Reading, whole: Reading) -> None:
+    """Every number; but for the norms of the gradients, one a tensor, which clipping collects."""
+    differ = short.phases["optimizer"].total - whole.phases["optimizer"].total
+    assert abs(differ) <= 0.01 * whole.phases["optimizer"].total
+    phases = {**short.phases, "optimizer": whole.phases["optimizer"]}
+    assert replace(short, phases=phases) == whole
+
+
 @pytest.mark.parametrize(("family", "keys"), FAST, ids=_named)
 def test_a_few_layers_tell_what_all_of_them_hold(
     tmp_path: Path, family: str, keys: dict[str, Any]
 ) -> None:
     job = make_job(tmp_path / "model", SMALL[family], **keys)
     short = ShortTraining(job)
-    assert short.meter(job, None, None) == FakeTraining(job).meter()
+    assert_same(short.meter(job, None, None), FakeTraining(job).meter())
     assert all(run < layers for run, layers in short.layers.values())
 
 
@@ -118,7 +128,7 @@ def test_whatever_the_setting(
     if keys.get("strategy") == {"name": "head"} and family not in ("bert",):
         pytest.skip("it has no head of its own")
     job = make_job(tmp_path / "model", SMALL[family], device=device, **keys)
-    assert step_reading(job) == FakeTraining(job).meter()
+    assert_same(step_reading(job), FakeTraining(job).meter())
 
 
 @pytest.mark.slow
@@ -127,7 +137,7 @@ def test_every_built_in_shape(tmp_path: Path, shape: str) -> None:
     config = SHAPES[shape]
     for keys in ({"quantize": "nf4"}, {"checkpointing": "none", "device": "cpu"}):
         job = make_job(tmp_path / "model", config, length=96, **keys)
-        assert step_reading(job) == FakeTraining(job).meter()
+        assert_same(step_reading(job), FakeTraining(job).meter())
 
 
 def test_a_question_is_answered_once_and_a_model_prepared_once(
@@ -146,7 +156,7 @@ def test_a_question_is_answered_once_and_a_model_prepared_once(
     assert step_reading(job) is first
     rows = imagined_examples(job.inputs.task, 56, 1)
     kept = job.changed(with_memory(job, checkpointing=1))
-    assert step_reading(kept, rows) == FakeTraining(kept).meter(rows)
+    assert_same(step_reading(kept, rows), FakeTraining(kept).meter(rows))
     assert step_reading(kept).peak_bytes > first.peak_bytes
     assert step_reading(job) is first
     assert len(made) == 1

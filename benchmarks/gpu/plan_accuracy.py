@@ -29,7 +29,7 @@ from qft.bench.fake_model import DEVICE, fake_step
 from qft.bench.shapes import SHAPES
 from qft.lean.engine import Savers
 from qft.lean.meter import CATEGORIES, Reading, meter
-from qft.lean.standins import EightBitAdam, quantize_skeleton
+from qft.lean.standins import BitsAndBytesAdam, quantize_skeleton
 from qft.planning.cuda_allocator import CudaUnseen, cuda_unseen
 from qft.preparation import Checkpointing, Offload, prepare
 from qft.quantization import Scratch
@@ -182,7 +182,7 @@ def metered(plan: Plan, layers: int) -> Reading:
         optimizer: torch.optim.Optimizer = (
             torch.optim.AdamW(trained, foreach=False)
             if case.optimizer == "adamw"
-            else EightBitAdam(trained)
+            else BitsAndBytesAdam(trained)
         )
         ids = torch.zeros(case.batch, case.length, dtype=torch.long, device=DEVICE)
 

@@ -76,9 +76,9 @@ def measured_peaks(story: Story) -> dict[str, int]:
 
 
 def beyond_floor(story: Story, key: str) -> list[Point]:
-    """A logged amount, less what was there before the model."""
+    """A logged amount, less what was there before the model; never less than nothing."""
     return [
-        (line["step"] or 0, None if value is None else value - (line.get(_FLOOR) or 0))
+        (line["step"] or 0, None if value is None else max(0, value - (line.get(_FLOOR) or 0)))
         for line in story.lines
         if key in line
         for value in [line[key]]
