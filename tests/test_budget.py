@@ -274,7 +274,7 @@ def test_what_passes_the_budget_in_a_step_takes_the_path_of_a_gpu(
     assert live_bytes(less) <= need * 95 // 100
     assert any("before the first step: out of memory with 4 ex" in line for line in told.lines)
     with pytest.raises(WillNotFitError, match="Not even one") as refused:
-        run(tiny_llama, tmp_path, "no", memory={"budget": need // 8},
+        run(tiny_llama, tmp_path, "no", memory={"budget": need // 4},
             suggest=lambda: ["quantize: nf4"])  # fmt: skip
     assert refused.value.fix == "quantize: nf4"
     assert "rehearsal" in str(refused.value.where)

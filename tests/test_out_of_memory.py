@@ -27,6 +27,7 @@ from qft.lean.checkpointing import checkpointed_layers
 from qft.lean.model_parts import layer_stacks
 from qft.micro_batch import MicroBatch
 from qft.out_of_memory import Shortage, asked_bytes, is_out_of_memory
+from qft.phase_peaks import PhasePeaks
 from qft.preparation import inner_model, prepared
 from qft.progress import Reporter
 from qft.recipe import build_recipe
@@ -448,7 +449,7 @@ def test_an_evaluation_that_cannot_go_on_is_saved_first(
 def test_what_a_change_costs_is_said_some_steps_later(tmp_path: Path):
     told = Told()
     trainer: Any = type("Trainer", (), {"changes": []})()
-    watch = RunWatch(trainer, tmp_path / "log", "cpu", told)
+    watch = RunWatch(trainer, tmp_path / "log", "cpu", told, peaks=PhasePeaks("cpu"))
 
     def step(number: int, seconds: float, replays: int = 0) -> None:
         result = StepResult(torch.zeros(()), 1, 100, 4, replays)

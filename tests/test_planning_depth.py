@@ -85,11 +85,16 @@ def _named(case: Any) -> str:
 
 
 def assert_same(short: Reading, whole: Reading) -> None:
-    """Every number; but for the norms of the gradients, one a tensor, which clipping collects."""
-    differ = short.phases["optimizer"].total - whole.phases["optimizer"].total
-    assert abs(differ) <= 0.01 * whole.phases["optimizer"].total
-    phases = {**short.phases, "optimizer": whole.phases["optimizer"]}
-    assert replace(short, phases=phases) == whole
+    """Every number; an optimizer's temporaries, counted by what trains, to a thousandth."""
+    made, wanted = short.phases["optimizer"], whole.phases["optimizer"]
+    assert abs(made.total - wanted.total) <= 0.001 * wanted.total
+    assert short.peak.phase == whole.peak.phase
+    assert abs(short.most["temporary"] - whole.most["temporary"]) <= 0.001 * whole.peak_bytes
+    same: dict[str, Any] = {"phases": {**short.phases, "optimizer": wanted}}
+    if short.peak.phase == "optimizer":
+        most = {**short.most, "temporary": whole.most["temporary"]}
+        same |= {"peak": wanted, "most": most}
+    assert replace(short, **same) == whole
 
 
 @pytest.mark.parametrize(("family", "keys"), FAST, ids=_named)

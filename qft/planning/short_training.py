@@ -70,9 +70,23 @@ class ShortTraining:
             stands_for = {stack.name: stack.short.stands_for for stack in self._stacks}
             made = repeated(seen, stands_for, self._missing)
             if self.runs_whole or balances(seen, made, self._missing):
-                return reading_of(made)
+                return self._with_whole_optimizer(reading_of(made))
             self._restore()
             self._begin(job, self._reach + 1)
+
+    def _with_whole_optimizer(self, reading: Reading) -> Reading:
+        """What an optimizer makes for all parameters at once (``foreach``), it makes for all."""
+        optimizer, trained = self._training.optimizer, reading.most["adapters"]
+        if not optimizer.defaults.get("foreach"):
+            return reading
+        running = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
+        seen = reading.phases["optimizer"]
+        temporary = seen.by_category["temporary"] * trained // max(1, running)
+        whole = replace(seen, by_category={**seen.by_category, "temporary": temporary})
+        most = {**reading.most, "temporary": max(reading.most["temporary"], temporary)}
+        peak = max(reading.peak, whole, key=lambda moment: moment.total)
+        phases = {**reading.phases, "optimizer": whole}
+        return replace(reading, peak=peak, phases=phases, most=most)
 
     @property
     def layers(self) -> dict[str, tuple[int, int]]:
