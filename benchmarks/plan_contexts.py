@@ -43,11 +43,11 @@ ALWAYS = ("quantize=nf4", "memory.micro_batch=1", "train.batch_size=1", "memory.
           "train.max_length=2048")  # fmt: skip
 
 
-def cells(shape: str, cards: list[int]) -> Iterator[dict[str, Any]]:
+def cells(shape: str, cards: list[int], settings: list[str]) -> Iterator[dict[str, Any]]:
     """A row a card and setting."""
     calibration = Calibration(persistent=False)
-    for name, words in SETTINGS.items():
-        recipe = recipe_of(shape, [*ALWAYS, *words], {})
+    for name in settings:
+        recipe = recipe_of(shape, [*ALWAYS, *SETTINGS[name]], {})
         with opened_job(recipe, "cuda") as (job, _):
             for card in cards:
                 began = time.monotonic()
@@ -85,11 +85,12 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--shapes", nargs="+", default=list(SHAPES))
     arguments.add_argument("--cards", nargs="+", type=int, default=list(CARDS))
+    arguments.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
     asked = arguments.parse_args()
     about = {"versions": hardware.versions(), "cpu": hardware.device_name("cpu")}
     for shape in asked.shapes:
         said = estimated(shape)
-        for row in cells(shape, asked.cards):
+        for row in cells(shape, asked.cards, asked.settings):
             line = json.dumps({**row, **said, **about})
             with RESULTS.open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")
