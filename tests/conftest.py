@@ -24,6 +24,7 @@ def _unplanned() -> Iterator[Callable[..., None]]:
     with pytest.MonkeyPatch.context() as patch:
         foretell = RunPlan.predict
         patch.setattr(RunPlan, "predict", lambda *_: None)
+        patch.setattr(RunPlan, "suggestions", lambda *_: ())
         yield foretell
 
 
