@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qft import models
-from qft.bench.shapes import SHAPES, shape_config
+from qft.bench.shapes import SHAPES, TASKS, shape_config
 from qft.errors import ModelError, first_line
 from qft.inputs import open_inputs
 from qft.planning.job import PlannedJob, imagined_inputs, planned_job
@@ -93,7 +93,10 @@ def config_folder(model: str) -> Iterator[tuple[Path, list[str]]]:
         yield (path if path.exists() else _fetched(model)), []
         return
     with tempfile.TemporaryDirectory(prefix="qft-shape-") as folder:
-        shape_config(shape).save_pretrained(folder)
+        config = shape_config(shape)
+        if config.model_type not in TASKS:  # decoders of this kind come in 16 bits
+            config.dtype = "bfloat16"
+        config.save_pretrained(folder)
         named = [] if model == shape else [f"the built-in shape {shape} stands for {model}"]
         yield Path(folder), named
 

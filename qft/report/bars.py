@@ -19,7 +19,7 @@ from qft.report.drawing import (
     words,
 )  # fmt: skip
 from qft.report.escaping import escaped
-from qft.report.numbers import ByteUnit, nice_ticks, tick_texts
+from qft.report.numbers import ByteUnit, bytes_text, nice_ticks, tick_texts
 
 _THICK, _THIN, _APART = 24.0, 9.0, 14.0
 _FAR = 4  # a budget so many times the fullest phase is told, not drawn: bars would be slivers
@@ -149,7 +149,7 @@ def _row(
         below = y + _THICK + 3
         drawn.append(_stack(frame, phase.host, below, _THIN, where=_ON_HOST))
         at = frame.x(sum(phase.host.values())) + 6
-        text = f"host {frame.unit.text(sum(phase.host.values()))}"
+        text = f"host {bytes_text(sum(phase.host.values()))}"
         drawn.append(words(min(at, frame.right - text_width(text)), below + 9, text))
     if (found := measured.get(phase.phase)) is not None:
         drawn.append(_diamond(frame.x(found), y + _THICK / 2, f"measured {frame.unit.text(found)}"))
