@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 PHASES = ("load", "train", "evaluate", "save", "merge", "export")
-# the meter's categories (`qft.lean.meter.CATEGORIES`), and what the meter cannot see
-UNSEEN = ("teacher", "key-value cache", "buffers", "allocator", "context")
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Kind:
         """Of a job; its device is this machine's, if this machine has such a one."""
         found = hardware.versions()
         return cls(
-            device=device_name(job.device),
+            device=hardware.device_name(job.device),
             dtype=str(job.dtype).removeprefix("torch."),
             quantization=job.ready.held,
             strategy=job.recipe.strategy.name,
@@ -81,19 +81,6 @@ class Kind:
         if self.device != other.device:
             return None
         return "dtype" if self.dtype == other.dtype else "device"
-
-
-def device_name(device: str) -> str:
-    """The card's or the processor's own name; ``cuda`` where there is no card."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.get_device_name() if torch.cuda.is_available() else "cuda"
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "cpu"
 
 
 @dataclass(frozen=True)

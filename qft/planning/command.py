@@ -52,7 +52,6 @@ def plan(
     """
     from qft.planning.opening import recipe_of
     from qft.planning.plan import plan as run
-    from qft.progress import Reporter
 
     flags = {"train.max_length": max_length, "task": task, "quantize": quantize}
     given = {key: value for key, value in flags.items() if value is not None}
@@ -66,7 +65,6 @@ def plan(
         exports=export or (),
         probe=probe,
         label_share=labels,
-        reporter=Reporter(quiet=quiet, stream="stderr" if as_json else "stdout"),
     )
     if picture is not None:
         _draw(result, picture)

@@ -13,7 +13,7 @@ from qft.planning.depth import step_reading
 from qft.planning.job import PlannedJob
 from qft.planning.phases import phases_of
 from qft.planning.speed import Speed, speed_of
-from qft.planning.unseen import expected, metered_bytes, with_unseen
+from qft.planning.unseen import expected, with_unseen
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,3 @@ def speed(made: Forecast, calibration: Calibration) -> Speed | None:
 def train_phase(made: Forecast) -> PhaseBytes:
     """The phase of the steps themselves."""
     return next(phase for phase in made.phases if phase.phase == "train")
-
-
-def train_live_bytes(made: Forecast) -> int:
-    """Of tensors alone, in the phase of the steps."""
-    return metered_bytes(train_phase(made))

@@ -11,7 +11,7 @@ from qft import hardware
 from qft.errors import WillNotFitError
 from qft.files import free_disk_bytes
 from qft.planning.afterwards import merge_and_export
-from qft.planning.calibration import Calibration, Kind, device_name
+from qft.planning.calibration import Calibration, Kind
 from qft.planning.forecast import Forecast, as_dict, forecast, speed, train_phase
 from qft.planning.job import PlannedJob
 from qft.planning.maximize import maximize as find_largest
@@ -20,7 +20,7 @@ from qft.planning.probe import probe as run_probe
 from qft.planning.solver import Remedy, Solution, solve
 from qft.planning.speed import record_speed
 from qft.planning.unseen import metered_bytes, record_step
-from qft.progress import QUIET, Reporter, human_bytes
+from qft.progress import human_bytes
 from qft.recipe import Recipe
 
 
@@ -34,7 +34,6 @@ def plan(
     probe: bool = False,
     label_share: float = 1.0,
     calibration: Calibration | None = None,
-    reporter: Reporter = QUIET,
 ) -> dict[str, Any]:
     """Says what a training would take, without a weight and, where they are not here, without rows.
 
@@ -69,7 +68,7 @@ def plan(
             "model": recipe.model,
             **_what_trains(job),
             **made.as_dict(),
-            "device_name": device_name(job.device),
+            "device_name": hardware.device_name(job.device),
             "phases": [as_dict(phase) for phase in (*made.phases, *after)],
             "budget_bytes": budget,
             "budget_is": whence,
