@@ -122,20 +122,28 @@ def _make(name: str, folder: Path) -> None:
 def measured(training: dict[str, Any], assets: Path, scratch: Path) -> dict[str, Any]:
     """A row: live bytes and the resident set's growth, predicted and measured."""
     from qft import hardware
-    from qft.planning.amounts import PhaseBytes
     from qft.planning.calibration import Kind
-    from qft.planning.fake_training import FakeTraining
     from qft.planning.probe import probe
 
     job = job_of(training, assets, scratch)
-    found = probe(job, lambda it: PhaseBytes("train", FakeTraining(it).meter().peak.by_category))
+    found = probe(job, predicted)
     return {
         "name": name_of(training), "training": training, "kind": vars(Kind.of(job)),
         "predicted_by_category": dict(found.predicted.device),
+        "predicted_step": vars(found.predicted.after),
         "live_predicted": found.predicted.peak_bytes, "live_measured": found.measured.live_bytes,
         "resident_grown": found.measured.resident_bytes,
         "loading_grown": found.measured.loading_bytes, "versions": hardware.versions(),
     }  # fmt: skip
+
+
+def predicted(job: Any) -> Any:
+    """The training's phase, by fakes."""
+    from qft.planning.amounts import PhaseBytes, StepWork
+    from qft.planning.fake_training import FakeTraining
+
+    reading = FakeTraining(job).meter()
+    return PhaseBytes("train", reading.peak.by_category, after=StepWork.of(reading))
 
 
 def judged(rows: Sequence[dict[str, Any]], assets: Path, scratch: Path) -> list[dict[str, Any]]:
@@ -143,20 +151,24 @@ def judged(rows: Sequence[dict[str, Any]], assets: Path, scratch: Path) -> list[
 
     A row that calibrates has no expectation: it would be its own.
     """
-    from qft.planning.amounts import PhaseBytes
+    from qft.planning.amounts import PhaseBytes, StepWork
     from qft.planning.calibration import Calibration
     from qft.planning.unseen import expected, record_step
 
     store = Calibration(persistent=False)
     jobs = [job_of(row["training"], assets, scratch) for row in rows]
-    phases = [PhaseBytes("train", row["predicted_by_category"]) for row in rows]
+    phases = [
+        PhaseBytes("train", row["predicted_by_category"], after=StepWork(**row["predicted_step"]))
+        for row in rows
+    ]
     raw = [expected(*pair, store).expected for pair in zip(phases, jobs, strict=True)]
     found = []
     for number, row in enumerate(rows):
         grown = row["resident_grown"]
         found.append({"name": row["name"], "grown": grown, "modelled": raw[number] / grown - 1})
         if number % 2 == 0:
-            record_step(jobs[number], phases[number], row["live_measured"], grown, store)
+            live = row["live_measured"]
+            record_step(jobs[number], phases[number], live, grown, store, longest_only=True)
     for number in range(1, len(rows), 2):
         told, grown = expected(phases[number], jobs[number], store), found[number]["grown"]
         found[number] |= {"calibrated": told.expected / grown - 1,

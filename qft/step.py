@@ -270,10 +270,11 @@ class _Passes:
 
 def width_of(row: Row) -> int:
     """Tokens of a row; of two halves the longer one."""
-    return sum(max(len(e.inputs["input_ids"]), _labels(e)) for e in row)
+    return sum(max(len(e.inputs["input_ids"]), target_width(e)) for e in row)
 
 
-def _labels(example: Example) -> int:
+def target_width(example: Example) -> int:
+    """Tokens of an example's answer, where it has one of its own."""
     labels = example.inputs.get("labels")
     return len(labels) if isinstance(labels, list) else 0
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ import torch
 
 from qft.errors import QftError, WillNotFitError
 from qft.lean.meter import Reading, Snapshot
+from qft.lean.products import Product
 from qft.planning import calibration as store
-from qft.planning import cuda_allocator, probe, resident, speed, unseen
-from qft.planning.amounts import PhaseBytes
+from qft.planning import cuda_allocator, probe, resident, row_shapes, speed, unseen
+from qft.planning.amounts import PhaseBytes, StepWork
 from qft.planning.calibration import Calibration, Kind, Rate, Residual
 from qft.planning.fake_training import FakeTraining
 from qft.planning.job import PlannedJob, imagined_inputs, planned_job
@@ -61,7 +64,9 @@ def empty(tmp_path: Path) -> Calibration:
 
 def train_phase(**categories: int) -> PhaseBytes:
     sizes = {"weights": 900 * MIB, "activations": 300 * MIB, "temporary": 100 * MIB}
-    return PhaseBytes("train", {**sizes, **categories})
+    made = {**sizes, **categories}
+    after = StepWork(made["activations"], 3 * made["activations"])
+    return PhaseBytes("train", made, after=after)
 
 
 # --- the store
@@ -439,7 +444,8 @@ def test_a_probe_without_weights_takes_few_layers_of_random_ones(folder: Path, e
 
     def predict(probed: PlannedJob) -> PhaseBytes:
         readings.append(FakeTraining(probed).meter())
-        return PhaseBytes("train", readings[0].peak.by_category)
+        after = StepWork.of(readings[0])
+        return PhaseBytes("train", readings[0].peak.by_category, after=after)
 
     found = probe.probe(job, predict)
     assert found.random_weights
@@ -492,39 +498,80 @@ def test_a_residual_in_bytes_and_as_a_share():
 
 
 def test_a_process_has_more_than_its_tensors():
-    half = resident.Work(half=True, recomputed=False)
-    nothing = resident.resident_unseen({}, half)
-    assert nothing.once > 0
-    assert nothing.kept == 0
-    some = resident.resident_unseen({"activations": 100 * MIB, "temporary": MIB}, half)
-    more = resident.resident_unseen({"activations": 200 * MIB, "temporary": MIB}, half)
-    again = resident.resident_unseen(
-        {"activations": 100 * MIB, "temporary": MIB}, replace(half, recomputed=True)
-    )
+    half = resident.Work(half=True)
+    loaded = resident.resident_unseen(half, 0)
+    assert (loaded.once, loaded.kept) == (resident.LOADED_BYTES, 0)
+    step = StepWork(kept_bytes=100 * MIB, made_bytes=1000 * MIB)
+    some = resident.resident_unseen(replace(half, step=step), 0)
+    assert some.once == resident.ONCE_BYTES
+    more = resident.resident_unseen(replace(half, step=replace(step, kept_bytes=200 * MIB)), 0)
+    again = resident.resident_unseen(replace(half, step=replace(step, made_bytes=2000 * MIB)), 0)
     assert 0 < some.kept < min(more.kept, again.kept)
-    full = resident.resident_unseen({}, replace(half, half=False))
-    assert full.once == resident.ONCE_BYTES < nothing.once
-    most = [resident.resident_unseen({}, replace(half, kernels=n)).once for n in (1024, 10**6)]
-    assert most[0] == most[1] > nothing.once
+    many = replace(half, step=step, kernels=40)
+    kernels = resident.resident_unseen(many, 0).once - some.once
+    assert kernels == 40 * resident.KERNEL_BYTES
+    assert resident.resident_unseen(replace(many, half=False), 0).once == some.once
+    most = [resident.resident_unseen(replace(many, kernels=n), 0).once for n in (1024, 10**6)]
+    assert most[0] == most[1]
+    unread = resident.resident_unseen(replace(many, unread_bytes=3 * MIB), 0)
+    assert unread.once == some.once + kernels - 3 * MIB
+    large = replace(half, step=replace(step, apart_bytes=700 * MIB))
+    assert resident.resident_unseen(large, 100 * MIB).kept == 600 * MIB
+    assert resident.resident_unseen(large, 690 * MIB) == some
 
 
-def test_rows_of_many_lengths_are_many_shapes_of_products():
-    alike = resident.kernels_of([256] * 64, 4, 16, flat=True)
-    assert alike == resident.KERNELS_A_WIDTH + 2 * resident.KERNELS_A_TILE
-    ragged = resident.kernels_of(list(range(100, 164)), 4, 16, flat=True)
-    tiles = 29 + 2 * 35  # up to 128 tokens one tile, beyond two
-    assert ragged == 16 * resident.KERNELS_A_WIDTH + tiles * resident.KERNELS_A_TILE
-    padded = resident.kernels_of([10, 10, 20, 30], 2, 100, flat=False)
-    assert padded == 3 * resident.KERNELS_A_WIDTH
-    assert resident.kernels_of([], 1, 1, flat=True) > 0
+def of_lengths(folder: Path, lengths: Sequence[int], **changed: Any) -> PlannedJob:
+    """A job whose rows are so long."""
+    made = job_of(folder, **changed)
+    train = made.inputs.train
+    rows = [
+        replace(example, index=number, inputs={k: v[:length] for k, v in example.inputs.items()})
+        for number, (example, length) in enumerate(
+            zip(itertools.cycle(train.examples), lengths, strict=False)
+        )
+    ]
+    return replace(made, inputs=replace(made.inputs, train=replace(train, examples=rows)))
+
+
+def test_rows_of_many_lengths_are_many_shapes_of_products(folder: Path):
+    train = {"max_length": 300, "batch_size": 4, "epochs": 1}
+    alike = of_lengths(folder, [300] * 8, train=train)
+    assert alike.flat
+    run = row_shapes.shapes_of_run(alike)
+    assert (run.count, run.lengths) == (1, {300})
+    assert (run.tiles, run.fake_tiles) == (3, 2)
+    ragged = of_lengths(folder, range(200, 232), train=train)
+    run = row_shapes.shapes_of_run(ragged)
+    assert 8 < run.count <= 16  # two rows a pass; some sums are equal
+    assert run.lengths == set(range(200, 232))
+    assert run.tiles == 1 + 32  # the whole tile is one and the same
+    longer = of_lengths(folder, range(200, 232), train={**train, "epochs": 3})
+    assert row_shapes.shapes_of_run(longer).count > run.count
+    few = of_lengths(folder, range(200, 232), train={**train, "max_steps": 1})
+    assert row_shapes.shapes_of_run(few).count <= 2
+    step = row_shapes.shapes_of_step(ragged)
+    assert step.widths == ({(1, 231 + 230), (1, 229 + 228)},)
+
+
+def test_what_runs_meets_the_shapes_that_were_foretold(folder: Path):
+    """Every product of a whole training, on fakes, against the longest step's and its rows."""
+    train = {"max_length": 300, "batch_size": 4, "max_steps": 4}
+    job = of_lengths(folder, [290, 150, 280, 160, 270, 90, 260, 290], train=train)
+    training = FakeTraining(job)
+    step = StepWork.of(training.meter())
+    foretold = unseen.work_of(job, step).kernels
+    met: set[Product] = set()
+    for examples in row_shapes.steps_of(job):
+        met |= training.meter(examples).products
+    # attention's fakes leave whole tiles out, which are few kinds
+    assert foretold == pytest.approx(len(met), rel=0.1)
+    assert unseen.work_of(job, step, row_shapes.shapes_of_step(job)).kernels < foretold
 
 
 def test_the_work_of_a_job(folder: Path):
-    found = unseen.work_of(job_of(folder))
-    assert found.half
-    assert not found.recomputed
-    assert found.kernels == resident.kernels_of([32] * 10, 2, 18, flat=True)
-    memory = {"checkpointing": "full", "micro_batch": 2}
-    other = unseen.work_of(job_of(folder, dtype="float32", memory=memory))
-    assert not other.half
-    assert other.recomputed
+    assert unseen.work_of(job_of(folder), None) == resident.Work(half=True)
+    step = StepWork(linear=30, attention=7)
+    found = unseen.work_of(job_of(folder), step)
+    assert found == resident.Work(half=True, step=step, kernels=37)
+    other = unseen.work_of(job_of(folder, dtype="float32"), step)
+    assert other == resident.Work(half=False, step=step)

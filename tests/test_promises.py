@@ -30,7 +30,8 @@ _PLACES = """
     strategy distillation.objective registry recipe recipe_reference card
     lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
-    lean.checkpointing lean.timeline lean.meter lean.standins lean.label_loss lean.divergence
+    lean.checkpointing lean.products lean.timeline lean.meter lean.standins lean.label_loss
+    lean.divergence
     lean.sorted_gap lean.magnitudes lean.combining
     lean.int8_head lean.token_scores lean.model_loss lean.lora_linear lean.kept_zeros
     lean.shared_input lean.tiled_mlp lean.gated_mlp lean.norms lean.attention lean.engine
@@ -71,7 +72,8 @@ _PLACES = """
     planning.evaluating planning.key_values planning.generating planning.caches planning.saving
     planning.phases planning.shape_source planning.changes planning.crossing planning.solver
     planning.maximize
-    planning.calibration planning.cuda_allocator planning.resident planning.unseen planning.speed
+    planning.calibration planning.cuda_allocator planning.resident planning.row_shapes
+    planning.unseen planning.speed
     planning.forecast planning.run checking fitting training
     planning.measured_step planning.probe planning.table folds
     gguf.types gguf.scale_search gguf.plain_blocks gguf.super_blocks gguf.super_layouts

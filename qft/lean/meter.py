@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from qft.lean.products import Product, product_of
 from qft.lean.timeline import CATEGORIES as CATEGORIES
 from qft.lean.timeline import PHASES as PHASES
 from qft.lean.timeline import RESIDENT as RESIDENT
@@ -61,12 +62,13 @@ class _Log:
 
 @dataclass
 class _Mark:
-    """Where a stretch begins: the number of its first event; the operations counted in it."""
+    """Where a stretch begins: the number of its first event; what was computed in it."""
 
     event: int
     phase: str
     label: Any = None
     flops: int = 0
+    products: set[Product] = field(default_factory=set)
 
 
 class Meter(TorchDispatchMode):
@@ -151,6 +153,8 @@ class Meter(TorchDispatchMode):
             if isinstance(value, Tensor):
                 self._see(value, None)
         self._marks[-1].flops += _flops(func, args, kwargs, result)
+        if (product := product_of(func, args)) is not None:
+            self._marks[-1].products.add(product)
         if self._ceiling is not None and self._log.device_bytes > self._ceiling:
             raise torch.OutOfMemoryError(
                 f"{self._log.device_bytes:,} bytes of tensors, {self._ceiling:,} are allowed"
@@ -184,7 +188,8 @@ class Meter(TorchDispatchMode):
                       made_in.setdefault(storage, number))
                 for storage, change in self._log.events[mark.event : end]
             ]  # fmt: skip
-            made.append(Stretch(mark.phase, mark.label, events, mark.flops))
+            products = frozenset(mark.products)
+            made.append(Stretch(mark.phase, mark.label, events, mark.flops, products))
         return made
 
     def _see(self, tensor: Tensor, category: str | None, before: bool = False) -> _Storage | None:

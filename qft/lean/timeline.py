@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from qft.lean.products import Product
+
 CATEGORIES = ("weights", "adapters", "gradients", "optimizer", "activations", "temporary")
 PHASES = ("forward", "backward", "optimizer")
 RESIDENT = ("weights", "adapters", "gradients", "optimizer")
+PASSING = ("gradients", "activations", "temporary")  # what each step makes anew
 ByCategory = dict[str, int]
 
 
@@ -49,6 +52,8 @@ class Reading:
         activation_bytes: kept on the device from the forward pass when the backward pass began.
         flops: floating-point operations of matrix products and attention, by phase.
         end_bytes: on the device when the step was over.
+        made_bytes: of all that was made on the device, alive together or not, but for what stays.
+        products: shapes of 16-bit matrix products that it met.
     """
 
     peak: Snapshot
@@ -58,6 +63,8 @@ class Reading:
     activation_bytes: int
     flops: dict[str, int]
     end_bytes: int
+    made_bytes: int = 0
+    products: frozenset[Product] = frozenset()
 
     @property
     def peak_bytes(self) -> int:
@@ -136,12 +143,23 @@ class Stretch:
         label: of the mark that the stretch begins with; None where a phase began.
         events: in order.
         flops: floating-point operations.
+        products: shapes of matrix products, see `qft.lean.products`.
     """
 
     phase: str
     label: Any
     events: Sequence[Event]
     flops: int = 0
+    products: frozenset[Product] = frozenset()
+
+    @cached_property
+    def made_bytes(self) -> int:
+        """Of what came to the device and will go again."""
+        return sum(
+            event.nbytes
+            for event in self.events
+            if event.nbytes > 0 and event.on_device and event.category in PASSING
+        )
 
     @cached_property
     def device(self) -> Place:
@@ -198,4 +216,6 @@ def reading_of(stretches: Sequence[Stretch]) -> Reading:
         activation_bytes=kept,
         flops=flops,
         end_bytes=sum(device.alive.values()),
+        made_bytes=sum(stretch.made_bytes for stretch in stretches),
+        products=frozenset().union(*(stretch.products for stretch in stretches)),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qft.lean.meter import Reading
@@ -54,7 +54,8 @@ class Forecast:
 
 def as_dict(phase: PhaseBytes) -> dict[str, Any]:
     """A phase as plain values."""
-    made = asdict(phase)
+    made = asdict(replace(phase, after=None))
+    del made["after"]
     return {key: dict(v) if isinstance(v, Mapping) else v for key, v in made.items()}
 
 

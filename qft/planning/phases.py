@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qft.lean.meter import Reading
-from qft.planning.amounts import PhaseBytes
+from qft.planning.amounts import PhaseBytes, StepWork
 from qft.planning.caches import cache_bytes
 from qft.planning.evaluating import evaluate_phase, fake_evaluation
 from qft.planning.job import PlannedJob
@@ -28,8 +28,9 @@ def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
     saving = save_phase(job, reading, fake_evaluation(job).trained_tensors, training)
     needed = training.disk_peak + saving.disk_peak
     saving = replace(saving, note=room_note(needed, Path(job.recipe.output)))
-    found = [load_phase(job, reading), training, evaluation, saving]
-    return [phase for phase in found if phase is not None]
+    later = [phase for phase in (training, evaluation, saving) if phase is not None]
+    after = StepWork.of(reading)
+    return [load_phase(job, reading), *(replace(phase, after=after) for phase in later)]
 
 
 def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseBytes:

@@ -105,7 +105,8 @@ def _probed(job: PlannedJob, store: Calibration) -> dict[str, Any]:
     """Runs a few real steps in a process of their own, and keeps how far the plan was off."""
     found = run_probe(job, lambda probed: train_phase(forecast(probed, store)))
     seen = found.measured
-    record_step(found.probed, found.predicted, seen.live_bytes, seen.resident_bytes, store)
+    seen_bytes = (seen.live_bytes, seen.resident_bytes)
+    record_step(found.probed, found.predicted, *seen_bytes, store, longest_only=True)
     record_speed(Kind.of(found.probed), seen.flops, seen.seconds, store)
     return {
         **asdict(seen),

@@ -6,21 +6,19 @@ memory the C library keeps) and "context" (CUDA's own; on a CPU what a process l
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
 from qft import models
-from qft.planning.amounts import PhaseBytes
+from qft.planning.amounts import PhaseBytes, StepWork
 from qft.planning.calibration import Calibration, Expected, Figure, Kind
 from qft.planning.cuda_allocator import cuda_unseen
 from qft.planning.job import PlannedJob
-from qft.planning.resident import Work, kernels_of, resident_unseen
+from qft.planning.resident import Work, resident_unseen
+from qft.planning.row_shapes import RowShapes, shapes_of_run, shapes_of_step
 
 CATEGORIES = ("allocator", "context")
-MEASURED = "train"  # the phase whose residuals are kept
+BEFORE = "load"  # the phase that what is measured of a training says nothing of
 
 
 def with_unseen(phase: PhaseBytes, job: PlannedJob, calibration: Calibration) -> PhaseBytes:
@@ -34,7 +32,7 @@ def with_unseen(phase: PhaseBytes, job: PlannedJob, calibration: Calibration) ->
         The same with the categories ``allocator`` and ``context`` on the device.
     """
     raw = _modelled(phase, job)
-    if phase.phase != MEASURED:
+    if phase.phase == BEFORE:
         return raw
     wanted = expected(phase, job, calibration).expected
     device = dict(raw.device)
@@ -52,9 +50,10 @@ def expected(phase: PhaseBytes, job: PlannedJob, calibration: Calibration) -> Ex
     resident set.
     """
     raw = _modelled(phase, job)
+    known = Calibration(persistent=False) if phase.phase == BEFORE else calibration
     outside = raw.device["context"] if job.device == "cuda" else 0  # not the allocator's
     figure: Figure = "reserved" if job.device == "cuda" else "resident"
-    found = calibration.predict(raw.peak_bytes - outside, Kind.of(job), figure)
+    found = known.predict(raw.peak_bytes - outside, Kind.of(job), figure)
     return Expected(
         found.expected + outside, found.low + outside, found.high + outside, found.basis
     )
@@ -81,6 +80,8 @@ def record_step(
     measured_live: int | None,
     measured_resident: int | None,
     calibration: Calibration | None = None,
+    *,
+    longest_only: bool = False,
 ) -> None:
     """Keeps what the first steps of a training, or a probe, needed beside what was said of them.
 
@@ -90,9 +91,11 @@ def record_step(
         measured_resident: bytes: growth of the resident set since the imports; on a GPU
             `max_memory_reserved`.
         calibration: None is this user's store.
+        longest_only: nothing but the longest step ran, as in a probe.
     """
     store = Calibration() if calibration is None else calibration
-    kind, raw = Kind.of(job), _modelled(predicted, job)
+    ran = shapes_of_step(job) if longest_only else None
+    kind, raw = Kind.of(job), _modelled(predicted, job, ran)
     cuda = job.device == "cuda"
     if measured_live is not None:
         live = allocated_bytes(raw) if cuda else metered_bytes(raw)
@@ -102,60 +105,46 @@ def record_step(
         store.record(kind, "reserved" if cuda else "resident", whole, measured_resident)
 
 
-def work_of(job: PlannedJob) -> Work:
-    """What of a job decides what a process on a CPU keeps."""
-    recipe, examples = job.recipe, job.inputs.train.examples
-    size = min(recipe.train.batch_size, len(examples))
-    steps = math.ceil(len(examples) / recipe.train.batch_size)
-    if steps > 1:  # else every pass has the same step again
-        steps = math.ceil(steps * recipe.train.epochs)
-    steps = min(steps, recipe.train.max_steps or steps)
-    return Work(
-        half=job.dtype.itemsize == 2,
-        recomputed=recipe.memory.checkpointing not in ("none", "auto", 0),
-        kernels=kernels_of(
-            [len(example.inputs["input_ids"]) for example in examples],
-            job.micro_batch,
-            steps * math.ceil(size / job.micro_batch),
-            job.flat,
-        ),
-        file_bytes=_file_bytes(job),
-    )
+def work_of(job: PlannedJob, step: StepWork | None, ran: RowShapes | None = None) -> Work:
+    """What a process on a CPU did, as far as it decides what it keeps.
+
+    Args:
+        step: see `qft.planning.amounts.PhaseBytes.after`.
+        ran: the shapes of all its forward passes; None is those of the whole training.
+    """
+    half = job.dtype.itemsize == 2
+    if step is None or not half:
+        return Work(half, step, unread_bytes=_unread_bytes(job))
+    metered = shapes_of_step(job)
+    run = shapes_of_run(job) if ran is None else ran
+    kernels = step.linear * run.count / metered.count
+    kernels += step.attention * run.tiles / metered.fake_tiles if metered.lengths else 0
+    return Work(half, step, round(kernels), _unread_bytes(job))
 
 
-def _file_bytes(job: PlannedJob) -> int:
-    """See `Work`; a file of another dtype is read, converted and closed."""
+def _unread_bytes(job: PlannedJob) -> int:
+    """Of an input embedding that is mapped, and of which only some rows are ever read."""
     config = models.read_config(job.inputs.base)
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    if stored.removeprefix("torch.") != str(job.dtype).removeprefix("torch."):
-        return 0
+    converted = stored.removeprefix("torch.") != str(job.dtype).removeprefix("torch.")
+    if converted or job.ready.held != "none":
+        return 0  # it is read, and the file is closed
     skeleton: Any = job.ready.skeleton
-    if job.ready.held != "none":
-        if config.get("quantization_config"):
-            return 0  # stored as it is held
-        kept = models.unquantized_in(
-            job.inputs.base, job.ready.spec, job.ready.needs.full_precision
-        )
-        return job.dtype.itemsize * sum(
-            module.weight.numel()
-            for name, module in skeleton.named_modules()
-            if type(module) is nn.Linear and name not in kept
-        )
     total = sum(p.numel() for p in skeleton.parameters())
     table = skeleton.get_input_embeddings().weight
     tied = skeleton.get_output_embeddings()
     if job.ready.trained_parameters > total / 2 or (tied is not None and tied.weight is table):
         return 0
-    return -int(table.nbytes)
+    return int(table.nbytes)
 
 
-def _modelled(phase: PhaseBytes, job: PlannedJob) -> PhaseBytes:
+def _modelled(phase: PhaseBytes, job: PlannedJob, ran: RowShapes | None = None) -> PhaseBytes:
     """By the built-in models alone."""
     seen = {name: nbytes for name, nbytes in phase.device.items() if name not in CATEGORIES}
     if job.device == "cuda":
         found = cuda_unseen(seen)
         unseen = {"allocator": found.allocated + found.between, "context": found.context}
     else:
-        process = resident_unseen(seen, work_of(job))
+        process = resident_unseen(work_of(job, phase.after, ran), sum(seen.values()))
         unseen = {"allocator": process.kept, "context": process.once}
     return replace(phase, device={**seen, **unseen})
