@@ -7,8 +7,8 @@ Each training is probed as `qft plan --probe` does it: three real steps of its l
 in a fresh process. Models are those of ASSETS, and random ones of 60 to 360 M parameters.
 
 Every second training calibrates: its residual goes into a store that is empty at the beginning. The
-others are then predicted by that store, and compared. Errors are shares of the growth since the
-imports, positive where too much was predicted.
+others are then predicted by that store, and compared; then the halves change places. Errors are
+shares of the growth since the imports, positive where too much was predicted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qft.errors import QftError
+from qft.files import write_text
 
 ROWS = Path(__file__).parent / "results" / "plan_resident.jsonl"
 BOUND = 0.10
@@ -147,32 +148,30 @@ def predicted(job: Any) -> Any:
 
 
 def judged(rows: Sequence[dict[str, Any]], assets: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Each row's growth, and by how much it was missed: by the model, and after calibration.
+    """The rows with the shares by which their growth was missed: by the model, and calibrated.
 
-    A row that calibrates has no expectation: it would be its own.
+    The rows of odd numbers calibrate a store that was empty, which foretells the others; and the
+    other way round.
     """
     from qft.planning.amounts import PhaseBytes, StepWork
     from qft.planning.calibration import Calibration
     from qft.planning.unseen import expected, record_step
 
-    store = Calibration(persistent=False)
     jobs = [job_of(row["training"], assets, scratch) for row in rows]
     phases = [
         PhaseBytes("train", row["predicted_by_category"], after=StepWork(**row["predicted_step"]))
         for row in rows
     ]
-    raw = [expected(*pair, store).expected for pair in zip(phases, jobs, strict=True)]
+    stores = [Calibration(persistent=False) for _ in range(3)]  # one that stays empty
+    for number, row in enumerate(rows):
+        seen = (row["live_measured"], row["resident_grown"])
+        record_step(jobs[number], phases[number], *seen, stores[number % 2], longest_only=True)
     found = []
     for number, row in enumerate(rows):
         grown = row["resident_grown"]
-        found.append({"name": row["name"], "grown": grown, "modelled": raw[number] / grown - 1})
-        if number % 2 == 0:
-            live = row["live_measured"]
-            record_step(jobs[number], phases[number], live, grown, store, longest_only=True)
-    for number in range(1, len(rows), 2):
-        told, grown = expected(phases[number], jobs[number], store), found[number]["grown"]
-        found[number] |= {"calibrated": told.expected / grown - 1,
-                          "within_bar": told.low <= grown <= told.high}  # fmt: skip
+        raw, told = (expected(phases[number], jobs[number], stores[n]) for n in (2, 1 - number % 2))
+        errors = {"modelled": raw.expected / grown - 1, "calibrated": told.expected / grown - 1}
+        found.append({**row, **errors, "within_bar": told.low <= grown <= told.high})
     return found
 
 
@@ -180,21 +179,24 @@ def summary(found: Sequence[dict[str, Any]]) -> str:
     """The worst and the median, before and after calibration."""
     lines = []
     for name in ("modelled", "calibrated"):
-        errors = [abs(row[name]) for row in found if name in row]
-        if errors:
-            within = sum(error <= BOUND for error in errors)
-            lines.append(
-                f"{name}: {len(errors)} trainings, median {statistics.median(errors):.1%}, "
-                f"worst {max(errors):.1%}, {within} within {BOUND:.0%}"
-            )
+        errors = [abs(row[name]) for row in found]
+        within = sum(error <= BOUND for error in errors)
+        lines.append(
+            f"{name}: {len(errors)} trainings, median {statistics.median(errors):.1%}, "
+            f"worst {max(errors):.1%}, {within} within {BOUND:.0%}"
+        )
+    bars = sum(row["within_bar"] for row in found)
+    lines.append(f"{bars} of {len(found)} within their error bars")
     return "\n".join(lines)
 
 
 def known_rows() -> list[dict[str, Any]]:
-    """Those that were measured, one a line."""
+    """Those that were measured, one a line, in the order of `trainings`."""
     if not ROWS.is_file():
         return []
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    order = [name_of(training) for training in trainings()]
+    return sorted(rows, key=lambda row: order.index(row["name"]))
 
 
 def main() -> None:
@@ -217,10 +219,11 @@ def main() -> None:
             with ROWS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         found = judged(known_rows(), asked.assets, Path(scratch))
+    write_text(ROWS, "".join(json.dumps(row) + "\n" for row in found))
     for row in found:
-        after = f", calibrated {row['calibrated']:+.1%}" if "calibrated" in row else ""
         print(
-            f"{row['name']}: {row['grown'] / 2**20:.0f} MiB, modelled {row['modelled']:+.1%}{after}"
+            f"{row['name']}: {row['resident_grown'] / 2**20:.0f} MiB, modelled "
+            f"{row['modelled']:+.1%}, calibrated {row['calibrated']:+.1%}"
         )
     print(summary(found))
 
