@@ -6,15 +6,18 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qft.errors import QftError, WillNotFitError
+from qft.lean import alike, gated_mlp, label_loss, norms, tiled_mlp
 from qft.lean.meter import Reading, Snapshot
 from qft.lean.products import Product
 from qft.planning import calibration as store
@@ -575,3 +578,49 @@ def test_the_work_of_a_job(folder: Path):
     assert found == resident.Work(half=True, step=step, kernels=37)
     other = unseen.work_of(job_of(folder, dtype="float32"), step)
     assert other == resident.Work(half=False, step=step)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2"])  # the second has no slope of its own
+def test_few_tiles_stand_for_all(
+    folder: Path, tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch
+):
+    values = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_act": activation}))
+    memory = {"checkpointing": "full", "micro_batch": 1, "savers": {"tiled_mlp": True}}
+    train = {"max_length": 1500, "batch_size": 1}
+
+    def reading() -> Reading:
+        return FakeTraining(job_of(tmp_path, memory=memory, train=train)).meter()
+
+    for module in (gated_mlp, norms):
+        monkeypatch.setattr(module, "PIECE", 2**14)
+    few = reading()
+    runs: list[slice] = []
+
+    def all_of_them(tensor: Tensor, size: int) -> Iterator[slice]:
+        for start in range(0, tensor.shape[0], size):
+            runs.append(slice(start, start + size))
+            yield runs[-1]
+
+    for module in (gated_mlp, label_loss, norms, tiled_mlp):
+        monkeypatch.setattr(module, "tiles", all_of_them)
+    every = reading()
+    assert len(runs) > 50
+    assert few == every
+
+
+def test_tiles_of_real_tensors_are_all_there():
+    real = torch.zeros(1000, 2)
+    assert list(alike.tiles(real, 300)) == [
+        slice(0, 300), slice(300, 600), slice(600, 900), slice(900, 1000)
+    ]  # fmt: skip
+    assert list(alike.tiles(real[:0], 300)) == []
+    with FakeTensorMode():
+        fake = torch.zeros(1000, 2)
+    seen = [(part, alike.times()) for part in alike.tiles(fake, 300)]
+    assert seen == [(slice(0, 300), 1), (slice(300, 600), 2), (slice(900, 1000), 1)]
+    assert alike.times() == 1
+    assert len(list(alike.tiles(fake, 400))) == 3
+    for _ in alike.tiles(fake, 10):  # one that is left in the middle
+        break
+    assert alike.times() == 1

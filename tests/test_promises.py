@@ -28,7 +28,7 @@ _PLACES = """
     report.page report.command
     random_state out_of_memory micro_batch phase_peaks
     strategy distillation.objective registry recipe recipe_reference card
-    lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
+    lean.alike lean.model_parts lean.host_embeddings lean.dropout lean.noise lean.prefix_attention
     lean.patching lean.taps lean.feature_cache lean.cut_finding lean.trunk lean.offload
     lean.checkpointing lean.products lean.timeline lean.meter lean.standins lean.label_loss
     lean.divergence

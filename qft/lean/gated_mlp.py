@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qft.lean.alike import tiles
 from qft.lean.lora_linear import (
     Frozen,
     Update,
@@ -103,9 +104,7 @@ def turn_gradient_(
         slope(gradient, inputs)
         return
     rows, arriving = (t.view(-1, t.shape[-1]) for t in (inputs, gradient))
-    size = max(1, PIECE // rows.shape[1])
-    for at in range(0, rows.shape[0], size):
-        part = slice(at, at + size)
+    for part in tiles(rows, max(1, PIECE // rows.shape[1])):
         with torch.enable_grad():
             again = rows[part].detach().requires_grad_()
             (turned,) = torch.autograd.grad(activation(again), again, arriving[part])

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qft.lean.alike import tiles
+
 CHUNK_BYTES = 2**28  # of a chunk's logits, in float32 and in the model's own type
 CPU_ROWS = 256  # positions a chunk; more make a CPU no faster
 IGNORED = -100
@@ -233,8 +235,7 @@ class _LabelLoss(torch.autograd.Function):
         used = [v if v is None else v.to(hidden.dtype) for v in inputs]
         losses = torch.empty(hidden.shape[0], dtype=precise, device=hidden.device)
         room = _Room(hidden, min(plan.rows, hidden.shape[0]), plan.vocabulary)
-        for start in range(0, hidden.shape[0], plan.rows):
-            rows = slice(start, start + plan.rows)
+        for rows in tiles(hidden, plan.rows):
             losses[rows] = _chunk(rows, used, grads, plan, room)
         ctx.save_for_backward(*grads)
         ctx.dtypes = [None if value is None else value.dtype for value in inputs]

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from qft.lean.alike import times
 from qft.lean.products import Product, product_of
 from qft.lean.timeline import CATEGORIES as CATEGORIES
 from qft.lean.timeline import PHASES as PHASES
@@ -69,6 +70,7 @@ class _Mark:
     label: Any = None
     flops: int = 0
     products: set[Product] = field(default_factory=set)
+    standing_for: int = 0  # bytes that are not made, since one tile stands for several
 
 
 class Meter(TorchDispatchMode):
@@ -152,7 +154,7 @@ class Meter(TorchDispatchMode):
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
                 self._see(value, None)
-        self._marks[-1].flops += _flops(func, args, kwargs, result)
+        self._marks[-1].flops += times() * _flops(func, args, kwargs, result)
         if (product := product_of(func, args)) is not None:
             self._marks[-1].products.add(product)
         if self._ceiling is not None and self._log.device_bytes > self._ceiling:
@@ -189,7 +191,9 @@ class Meter(TorchDispatchMode):
                 for storage, change in self._log.events[mark.event : end]
             ]  # fmt: skip
             products = frozenset(mark.products)
-            made.append(Stretch(mark.phase, mark.label, events, mark.flops, products))
+            made.append(
+                Stretch(mark.phase, mark.label, events, mark.flops, products, mark.standing_for)
+            )
         return made
 
     def _see(self, tensor: Tensor, category: str | None, before: bool = False) -> _Storage | None:
@@ -218,6 +222,7 @@ class Meter(TorchDispatchMode):
         storage = _Storage(held.nbytes(), on_device, self._phase, category)
         freed = _Freed(storage, key, self._alive, self._log)
         self._alive[key] = (storage, weakref.ref(held, freed))
+        self._marks[-1].standing_for += (times() - 1) * on_device * storage.nbytes
         self._log.add(storage, storage.nbytes)
         return storage
 

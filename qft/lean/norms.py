@@ -8,12 +8,14 @@ Source: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qft.lean.alike import tiles
 
 PIECE = 2**22  # elements computed in float32 at once
 
@@ -49,7 +51,7 @@ class _RMSNorm(torch.autograd.Function):
         result = torch.empty_like(rows)
         roots = torch.empty(rows.shape[0], 1, dtype=_precise(x), device=x.device)
         scale = _scale(weight, kind, x)
-        for part in _pieces(rows):
+        for part in tiles(rows, max(1, PIECE // rows.shape[1])):
             wide = rows[part].to(roots.dtype)
             roots[part] = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
             normal = wide * roots[part]
@@ -68,7 +70,7 @@ class _RMSNorm(torch.autograd.Function):
         arriving = gradient.reshape(rows.shape)
         result = torch.empty_like(rows)
         scale = _scale(weight, ctx.kind, x)
-        for part in _pieces(rows):
+        for part in tiles(rows, max(1, PIECE // rows.shape[1])):
             normal = rows[part].to(roots.dtype) * roots[part]
             weighed = arriving[part].to(roots.dtype) * scale
             along = (weighed * normal).mean(-1, keepdim=True)
@@ -83,11 +85,6 @@ def _precise(x: Tensor) -> torch.dtype:
 def _scale(weight: Tensor, kind: Kind, x: Tensor) -> Tensor:
     scale = weight.to(_precise(x))
     return scale + kind.offset if kind.offset else scale
-
-
-def _pieces(rows: Tensor) -> Iterator[slice]:
-    size = max(1, PIECE // rows.shape[1])
-    return (slice(at, at + size) for at in range(0, rows.shape[0], size))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qft.lean.alike import tiles
+
 
 def tiled(run: Callable[[Tensor], Tensor], x: Tensor, trained: list[Tensor], rows: int) -> Tensor:
     """``run(x)``, ``rows`` tokens at a time.
@@ -36,8 +38,8 @@ class _Tiled(torch.autograd.Function):
         ctx.run, ctx.rows = run, rows
         flat = x.reshape(-1, x.shape[-1])
         result = torch.empty_like(flat)
-        for at in range(0, flat.shape[0], rows):
-            result[at : at + rows] = run(flat[at : at + rows])
+        for part in tiles(flat, rows):
+            result[part] = run(flat[part])
         return result.view(x.shape)
 
     @staticmethod
@@ -46,8 +48,7 @@ class _Tiled(torch.autograd.Function):
         flat, arriving = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, x.shape[-1])
         result = torch.empty_like(flat)
         sums: list[Tensor | None] = [None] * len(trained)
-        for at in range(0, flat.shape[0], ctx.rows):
-            part = slice(at, at + ctx.rows)
+        for part in tiles(flat, ctx.rows):
             with torch.enable_grad():
                 tile = flat[part].detach().requires_grad_()
                 made = torch.autograd.grad(

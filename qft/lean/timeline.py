@@ -144,6 +144,7 @@ class Stretch:
         events: in order.
         flops: floating-point operations.
         products: shapes of matrix products, see `qft.lean.products`.
+        standing_for: bytes on the device that its events leave out, see `qft.lean.alike`.
     """
 
     phase: str
@@ -151,11 +152,12 @@ class Stretch:
     events: Sequence[Event]
     flops: int = 0
     products: frozenset[Product] = frozenset()
+    standing_for: int = 0
 
     @cached_property
     def made_bytes(self) -> int:
         """Of what came to the device and will go again."""
-        return sum(
+        return self.standing_for + sum(
             event.nbytes
             for event in self.events
             if event.nbytes > 0 and event.on_device and event.category in PASSING
