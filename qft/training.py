@@ -20,7 +20,7 @@ from qft.data.packing import PACKABLE
 from qft.data.tasks import ExampleSet, pad_id
 from qft.distillation.cached import CachedTeacher
 from qft.distillation.distilled_loss import DistilledLoss
-from qft.distillation.own_texts import OwnTexts
+from qft.distillation.own_texts import WRITTEN_AT_ONCE, OwnTexts
 from qft.distillation.supply import live_source, settings_in, teacher_layers
 from qft.distillation.teach import TeacherCache
 from qft.distillation.teacher_texts import with_teacher_texts
@@ -53,7 +53,7 @@ from qft.step import Layout, StepLoss
 from qft.task_loss import TaskLoss, balanced_weights
 from qft.trainer import Job, StepTrainer, resume_command, usual_changes
 
-EVALUATED_AT_ONCE = WRITTEN_AT_ONCE = 8  # rows; fewer where memory runs out
+EVALUATED_AT_ONCE = 8  # rows; fewer where memory runs out
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,9 @@ def assert_same(short: Reading, whole: Reading) -> None:
     assert abs(made.total - wanted.total) <= 0.001 * wanted.total
     assert short.peak.phase == whole.peak.phase
     assert abs(short.most["temporary"] - whole.most["temporary"]) <= 0.001 * whole.peak_bytes
+    assert abs(short.made_bytes - whole.made_bytes) <= 0.03 * whole.made_bytes
     same: dict[str, Any] = {"phases": {**short.phases, "optimizer": wanted}}
+    same["made_bytes"] = whole.made_bytes
     if short.peak.phase == "optimizer":
         most = {**short.most, "temporary": whole.most["temporary"]}
         same |= {"peak": wanted, "most": most}

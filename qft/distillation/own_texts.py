@@ -21,6 +21,8 @@ from qft.generation import continue_tokens
 from qft.lean.model_parts import is_encoder_decoder
 from qft.micro_batch import MicroBatch
 
+WRITTEN_AT_ONCE = 8  # fewer where memory runs out
+
 
 @dataclass(frozen=True)
 class OwnTexts:
@@ -36,7 +38,7 @@ class OwnTexts:
     tokenizer: Any
     max_length: int
     seed: int
-    at_once: MicroBatch = field(default_factory=lambda: MicroBatch(8))
+    at_once: MicroBatch = field(default_factory=lambda: MicroBatch(WRITTEN_AT_ONCE))
 
     def is_for(self, step: int) -> bool:
         """Whether the student writes in this step."""

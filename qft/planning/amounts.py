@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from qft.lean.timeline import RESIDENT, Reading
 
-PHASES = ("load", "train", "evaluate", "save", "merge", "export")
+PHASES = ("load", "write", "train", "evaluate", "save", "merge", "export")
 
 
 @dataclass(frozen=True)

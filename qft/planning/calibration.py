@@ -37,6 +37,10 @@ Figure = Literal["live", "resident", "allocated", "reserved"]
 DEFAULT_BAR: dict[str, float] = {
     "live": 0.01, "resident": 0.10, "allocated": 0.03, "reserved": 0.08
 }  # fmt: skip
+# and in bytes: a process's own libraries and small objects differ by as much from job to job
+LEAST_BAR: dict[str, int] = {"resident": 12 << 20}
+# of a bar that is left however much was measured: the same training twice is not quite the same
+LEFT = 0.5
 # how much wider a bar is that rests on residuals of another kind
 _WIDER = {"kind": 1.0, "dtype": 1.5, "device": 2.0}
 _Item = TypeVar("_Item")
@@ -187,7 +191,7 @@ class Calibration:
 
     def predict(self, predicted: int, kind: Kind, figure: Figure) -> Expected:
         """Shifts a prediction by the residuals of its kind, and says how sure it is."""
-        bar = DEFAULT_BAR[figure] * predicted
+        bar = DEFAULT_BAR[figure] * predicted + LEAST_BAR.get(figure, 0)
         near, likeness = self._near(kind, figure)
         if not near:
             return _expected(predicted, 0.0, bar, "nothing measured here yet")
@@ -196,7 +200,7 @@ class Calibration:
         spread = 1.5 * statistics.median(abs(each - shift) for each in shifts)
         distance = min(abs(math.log(predicted / residual.predicted)) for residual in near)
         # the more measurements, and the nearer in size, the less of the built-in bar is left
-        left = min(1.0, math.sqrt(1 / (1 + len(near))) + 0.1 * distance)
+        left = min(1.0, max(LEFT, math.sqrt(1 / (1 + len(near))) + 0.1 * distance))
         half = _WIDER[likeness] * math.hypot(left * bar, spread)
         what = {"kind": "of this kind", "dtype": "on this device in this dtype",
                 "device": "on this device"}[likeness]  # fmt: skip

@@ -69,7 +69,7 @@ def plan(
     if picture is not None:
         _draw(result, picture)
     print_result(result, as_json, lambda: _show(result, quiet))
-    if result["fits"] is False:
+    if result["fits"] is False and not result["close"]:
         raise typer.Exit(WillNotFitError.exit_code)
 
 

@@ -8,6 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qft.bench.fake_model import fused_attention
+from qft.data.encoding import UNSUPERVISED
+from qft.distillation.own_texts import WRITTEN_AT_ONCE
+from qft.distillation.supply import settings_in
 from qft.evaluation import evaluating
 from qft.lean.meter import Meter, Reading
 from qft.planning.amounts import PhaseBytes
@@ -47,7 +50,25 @@ def generate_phase(
     }
     lasting = {name: reading.most[name] for name in ("weights", "adapters", "optimizer")}
     fullest = max((first, last), key=lambda moment: sum(moment.values()))
-    return PhaseBytes("evaluate", {k: v for k, v in {**lasting, **fullest}.items() if v})
+    return PhaseBytes("write", {k: v for k, v in {**lasting, **fullest}.items() if v})
+
+
+def writing_phase(job: PlannedJob, reading: Reading) -> PhaseBytes | None:
+    """A student that writes its own texts in some steps (`qft.distillation.own_texts`).
+
+    None where it does not.
+    """
+    settings = settings_in(job.recipe)
+    if settings is None or not settings.on_policy:
+        return None
+    longest = job.longest()[0].inputs
+    answer = len(longest["labels"]) - longest["labels"].count(UNSUPERVISED)
+    prompt, most = len(longest["input_ids"]), settings.max_new_tokens
+    if not job.ready.skeleton.config.is_encoder_decoder:  # type: ignore[union-attr]
+        prompt = max(1, prompt - answer)
+        most = min(most, job.recipe.train.max_length - prompt)
+    rows = min(WRITTEN_AT_ONCE, job.recipe.train.batch_size)
+    return generate_phase(job, reading, prompt=prompt, new_tokens=max(1, most), rows=rows)
 
 
 def _prompt_pass(job: PlannedJob, prompt: int, rows: int) -> int:

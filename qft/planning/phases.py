@@ -1,4 +1,4 @@
-"""The phases of a training, in the order of a run: load, train, evaluate, save."""
+"""The phases of a training, in the order of a run: load, write, train, evaluate, save."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from qft.lean.meter import Reading
 from qft.planning.amounts import PhaseBytes, StepWork
 from qft.planning.caches import cache_bytes
 from qft.planning.evaluating import evaluate_phase, fake_evaluation
+from qft.planning.generating import writing_phase
 from qft.planning.job import PlannedJob
 from qft.planning.loading import adapter_bytes, load_phase, teacher_bytes
 from qft.planning.saving import room_note, save_phase
@@ -16,6 +17,8 @@ from qft.planning.saving import room_note, save_phase
 
 def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
     """What each phase takes at its fullest moment; an evaluation only where there are rows for it.
+
+    A student that writes its own texts does so in the middle of its training.
 
     Args:
         job: a recipe with its rows, or with imagined ones.
@@ -28,7 +31,8 @@ def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
     saving = save_phase(job, reading, fake_evaluation(job).trained_tensors, training)
     needed = training.disk_peak + saving.disk_peak
     saving = replace(saving, note=room_note(needed, Path(job.recipe.output)))
-    later = [phase for phase in (training, evaluation, saving) if phase is not None]
+    writing = writing_phase(job, reading)
+    later = [phase for phase in (writing, training, evaluation, saving) if phase is not None]
     after = StepWork.of(reading)
     return [load_phase(job, reading), *(replace(phase, after=after) for phase in later)]
 

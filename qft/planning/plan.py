@@ -15,8 +15,10 @@ from qft.planning.calibration import Calibration, Kind
 from qft.planning.forecast import Forecast, as_dict, forecast, speed, train_phase
 from qft.planning.job import PlannedJob
 from qft.planning.maximize import maximize as find_largest
+from qft.planning.maximize import smaller_that_fits
 from qft.planning.opening import opened_job
 from qft.planning.probe import probe as run_probe
+from qft.planning.solver import Forecast as Forecaster
 from qft.planning.solver import Remedy, Solution, solve
 from qft.planning.speed import record_speed
 from qft.planning.unseen import metered_bytes, record_step
@@ -143,11 +145,12 @@ def _needs_budget() -> int:
 
 
 def _changes(job: PlannedJob, budget: int, calibration: Calibration) -> dict[str, Any]:
-    found = solve(job, budget, safe_peak(calibration))
+    peak = safe_peak(calibration)
+    found = solve(job, budget, peak)
     return {
         "changes": [_remedy(remedy) for remedy in found.remedies],
         "smallest": None if found.smallest is None else _remedy(found.smallest),
-        "instead": _instead(found),
+        "instead": _instead(job, found, budget, peak),
         "refused": dict(found.refused),
     }
 
@@ -161,11 +164,15 @@ def _remedy(remedy: Remedy) -> dict[str, Any]:
     }
 
 
-def _instead(found: Solution) -> str | None:
-    """What would fit where nothing makes this job fit."""
+def _instead(job: PlannedJob, found: Solution, budget: int, peak: Forecaster) -> str | None:
+    """What would fit where nothing makes this job fit: more memory, or a smaller model."""
     if found.nearest is not None or found.smallest is None:
         return None
-    return f"a budget of {human_bytes(found.smallest.peak_bytes)} with {found.smallest.words}"
+    more = f"a budget of {human_bytes(found.smallest.peak_bytes)} with {found.smallest.words}"
+    smaller = smaller_that_fits(job, budget, peak)
+    if smaller is None:
+        return more
+    return f"{more}, or with {smaller.words} ({human_bytes(smaller.peak_bytes)})"
 
 
 def _disk(job: PlannedJob, made: Forecast, after: Sequence[Any]) -> dict[str, Any]:

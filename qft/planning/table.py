@@ -41,9 +41,10 @@ def verdict(plan: Mapping[str, Any]) -> str:
     if budget is None:
         return said
     room = budget - plan["peak_bytes"]
+    if plan["close"]:
+        return f"{said}; close: {human_bytes(budget)} may or may not be enough"
     if plan["fits"]:
-        near = "" if high <= budget else "; close: the error bar reaches beyond the budget"
-        return f"{said}; fits into {human_bytes(budget)} with {human_bytes(room)} to spare{near}"
+        return f"{said}; fits into {human_bytes(budget)} with {human_bytes(room)} to spare"
     return f"{said}; does not fit into {human_bytes(budget)}: {human_bytes(-room)} too many"
 
 
