@@ -142,12 +142,12 @@ UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB
 
 
 def as_bytes(value: Any) -> Any:
-    """``8GiB`` to bytes; what is no size is left for the error message."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", str(value), re.IGNORECASE)
-    if found:
-        return int(float(found[1]) * UNITS[found[2].upper()])
-    if isinstance(value, int) and value > 0:
-        return value
+    """``8GiB``, or a number of bytes, to bytes; what is no size is an error's matter."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)?\s*", str(value), re.IGNORECASE)
+    if found and not isinstance(value, bool) and (found[2] or "." not in found[1]):
+        size = int(float(found[1]) * UNITS[found[2].upper()]) if found[2] else int(found[1])
+        if size > 0:
+            return size
     raise ValueError("not a size: 8GiB, 512MiB or a number of bytes")
 
 
