@@ -156,8 +156,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
 
 
 # of each kind one in every run; all of them take a minute
-QUICK = ("lora-dropout-nf4", "packed-smoothed", "without-engine", "prefix", "prompt-int8",
-         "layers-adafactor", "full-8-bit", "bert-tags", "t5-nf4", "taught-live")  # fmt: skip
+QUICK = ("lora-dropout-nf4", "packed-smoothed", "prefix", "layers-adafactor", "full-8-bit",
+         "bert-tags", "taught-live")  # fmt: skip
 
 
 @pytest.mark.parametrize(

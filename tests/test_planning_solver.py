@@ -356,6 +356,7 @@ def shallow(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_solved_recipe_is_within_the_budget_and_no_change_is_too_many(job_of, shallow):
     job = job_of(folder=shallow, train={"max_length": 96, "batch_size": 2})
     whole = metered(job)
