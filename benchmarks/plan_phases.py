@@ -27,7 +27,7 @@ from benchmarks.peers.driver import REPOSITORY
 from benchmarks.plan_phases_side import job_of, opened
 from qft.files import folder_bytes
 from qft.hardware import environment
-from qft.planning.afterwards import merge_and_export
+from qft.planning.afterwards import FIXED_BYTES, merge_and_export
 from qft.planning.amounts import PhaseBytes
 from qft.planning.fake_training import FakeTraining
 from qft.planning.phases import phases_of
@@ -172,6 +172,8 @@ def compared(case: Case, mini: Path, scratch: Path) -> dict[str, Any]:
     resident = said.peak_bytes
     if case.phase == "evaluate":  # without a training before it
         resident -= said.device.get("optimizer", 0)
+    if case.phase.startswith(("merge", "export")):  # in a process that is warm
+        resident -= FIXED_BYTES
     return {
         "case": case.name, "phase": case.phase, "predicted_bytes": resident,
         "resident_peak_bytes": found["peak_bytes"],

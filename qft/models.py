@@ -8,6 +8,7 @@ file alone knows how, and `module_names` is the only way to ask.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -22,6 +23,7 @@ from torch import nn
 from qft import hardware, quantization
 from qft.errors import ModelError, RecipeError, first_line
 from qft.files import file_hash
+from qft.heap import large_blocks_mapped
 from qft.lean.model_parts import head_names
 from qft.model_dropout import set_dropout
 from qft.pooling import install_pooling, resolve_pooling
@@ -420,7 +422,8 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
         _keep_new_heads(folder, spec, stored)
     model: nn.Module
     try:
-        with quiet_bars():
+        on_cpu = settings is not None and chosen.device == "cpu"
+        with quiet_bars(), large_blocks_mapped() if on_cpu else contextlib.nullcontext():
             model, report = _auto_class(spec.task).from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -440,7 +443,7 @@ def open_model(folder: Path, spec: ModelSpec, keep: Sequence[str] = ()) -> nn.Mo
     _require_loaded(model, report["missing_keys"], folder)
     if not (settings or stored):
         model.to(chosen.device)
-    elif settings and chosen.device == "cpu":
+    elif on_cpu:
         quantization.leave_files(model)
     quantization.guard_cpu_kernels(model)
     if spec.task == "classify":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from qft.errors import first_line
+from qft.heap import trim_heap
 from qft.progress import human_bytes
 
 Made = TypeVar("Made")
@@ -106,9 +105,3 @@ def free_idle_memory() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     trim_heap()
-
-
-def trim_heap() -> None:
-    """The C library's free pages go back to the system, where it can be asked (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

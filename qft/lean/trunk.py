@@ -7,7 +7,6 @@ quantizers hang on a weight (scales, code tables) goes the same way.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
+
+from qft.heap import trim_heap
 
 _DEPTH = 3  # a weight's quantization state has a state of its own, and no deeper
 
@@ -126,9 +127,7 @@ def give_back() -> None:
     """Allocators keep what was freed for later; here others are to have it."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
+    trim_heap()
 
 
 def _only_in(model: nn.Module, modules: Sequence[nn.Module]) -> list[Tensor]:

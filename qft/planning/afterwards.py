@@ -35,7 +35,7 @@ from qft.planning.shape_source import ShapeSource
 from qft.shards import BLOCK_NUMBERS, tensor_bytes
 
 _BLOCK_BYTES = 4 * BLOCK_NUMBERS  # of float32
-_FIXED_BYTES = 40 * 2**20  # what the libraries take when they first work (benchmarks/merge_peak)
+FIXED_BYTES = 40 * 2**20  # what the libraries take when they first work (benchmarks/merge_peak)
 _MERGE_BLOCKS = 5.0  # float32 blocks of a layer's matrix alive at once (the same)
 _K_BLOCKS = 8.0  # GGUF's K-quants, whose scales are searched for (benchmarks/gguf_peak)
 _BLOCKS = {
@@ -121,7 +121,7 @@ def _streaming(
     sizes = [math.prod(source.shape(name)) for name in source.names()]
     if merged:
         sizes = [module.weight.numel() for module in _linears(job)] or sizes
-    return {"buffers": round(blocks * min(_BLOCK_BYTES, 4 * max(sizes))) + _FIXED_BYTES}
+    return {"buffers": round(blocks * min(_BLOCK_BYTES, 4 * max(sizes))) + FIXED_BYTES}
 
 
 def _fitting(job: PlannedJob) -> dict[str, int]:
