@@ -272,6 +272,28 @@ def test_held_out_rows_decide_whether_there_is_an_evaluation(tiny_llama: Path):
     assert [p.phase for p in more] == ["load", "train", "evaluate", "save"]
 
 
+@pytest.mark.parametrize(("epochs", "amid"), [(1, False), (2, True)])
+def test_an_evaluation_meets_shapes_of_products_of_its_own(
+    wide_llama: Path, epochs: int, amid: bool
+):
+    job = job_of(wide_llama, data={"train": "x"}, dtype="bfloat16", device="cpu",
+                 train={"max_length": 48, "batch_size": 4, "epochs": epochs})  # fmt: skip
+    reading = FakeTraining(job).meter()
+
+    def evaluated(*counts: tuple[int, int]) -> dict[str, int]:
+        rows = [row for length, count in counts
+                for row in imagined_examples(TASKS["text"], length, count)]  # fmt: skip
+        phases = phases_of(replace(job, inputs=replace(job.inputs, held_out=ExampleSet(rows))),
+                           reading)  # fmt: skip
+        return {p.phase: p.after.evaluated if p.after else 0 for p in phases}
+
+    alike, ragged = evaluated((40, 24)), evaluated((40, 8), (30, 8), (20, 8))
+    assert alike["evaluate"] > 5
+    assert ragged["evaluate"] == ragged["save"] == 3 * alike["evaluate"]
+    assert ragged["train"] == (ragged["evaluate"] if amid else 0)
+    assert ragged["load"] == 0
+
+
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of 256 numbers, which every format can hold."""

@@ -20,6 +20,7 @@ class StepWork:
         apart_bytes: of all that stays, of gradients and of activations, each at its most.
         linear: shapes of linear layers' 16-bit products.
         attention: of attention's.
+        evaluated: of all products of an evaluation, each width of a batch by itself.
     """
 
     kept_bytes: int = 0
@@ -27,6 +28,7 @@ class StepWork:
     apart_bytes: int = 0
     linear: int = 0
     attention: int = 0
+    evaluated: int = 0
 
     @classmethod
     def of(cls, reading: Reading) -> StepWork:

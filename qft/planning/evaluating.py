@@ -19,13 +19,13 @@ from qft.data.tasks import Example, Task, pad_id
 from qft.evaluation import evaluating
 from qft.judging.tokens import CHUNK_POSITIONS
 from qft.lean.meter import Meter, Reading
-from qft.planning.amounts import PhaseBytes
+from qft.planning.amounts import PhaseBytes, StepWork
 from qft.planning.fake_training import prepared_skeleton
 from qft.planning.job import PlannedJob
 from qft.planning.loading import adapter_bytes
 from qft.planning.short_training import shorten
 from qft.preparation import prepared
-from qft.step import announced
+from qft.step import announced, width_of
 
 MICRO_BATCH = 8  # `qft.evaluation.evaluate`'s own
 
@@ -101,8 +101,9 @@ def evaluate_phase(
     examples = held_out_examples(job)
     if examples is None:
         return None
-    longest = sorted(examples, key=lambda e: -len(e.inputs["input_ids"]))[:micro_batch]
-    found = fake_evaluation(job).meter(longest)
+    ordered = sorted(examples, key=lambda e: -len(e.inputs["input_ids"]))  # as it is evaluated
+    found = fake_evaluation(job).meter(ordered[:micro_batch])
+    widths = {width_of([example]) for example in ordered[::micro_batch]}
     made = {k: v for k, v in found.peak.by_category.items() if k not in ("weights", "adapters")}
     lasting = {k: reading.most[k] for k in ("weights", "adapters", "optimizer")}
     lasting["weights"] -= teacher_bytes  # the reading counts them together
@@ -112,7 +113,8 @@ def evaluate_phase(
     device = {**lasting, "temporary": sum(made.values()), "teacher": teacher_bytes}
     host = {} if job.device == "cpu" else dict(reading.host_peak.by_category)
     kept = {k: v for k, v in host.items() if v and k in ("weights", "adapters", "optimizer")}
-    return PhaseBytes("evaluate", {k: v for k, v in device.items() if v}, kept)
+    after = StepWork(evaluated=len(found.products) * len(widths))
+    return PhaseBytes("evaluate", {k: v for k, v in device.items() if v}, kept, after=after)
 
 
 def held_out_examples(job: PlannedJob) -> Sequence[Example] | None:

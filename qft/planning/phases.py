@@ -14,6 +14,8 @@ from qft.planning.job import PlannedJob
 from qft.planning.loading import adapter_bytes, load_phase, teacher_bytes
 from qft.planning.saving import room_note, save_phase
 
+AFTER = ("evaluate", "save")  # the last of a training
+
 
 def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
     """What each phase takes at its fullest moment; an evaluation only where there are rows for it.
@@ -33,8 +35,15 @@ def phases_of(job: PlannedJob, reading: Reading) -> list[PhaseBytes]:
     saving = replace(saving, note=room_note(needed, Path(job.recipe.output)))
     writing = writing_phase(job, reading)
     later = [phase for phase in (writing, training, evaluation, saving) if phase is not None]
-    after = StepWork.of(reading)
-    return [load_phase(job, reading), *(replace(phase, after=after) for phase in later)]
+    step = StepWork.of(reading)
+    evaluated = evaluation.after if evaluation is not None else None
+    both = step if evaluated is None else replace(step, evaluated=evaluated.evaluated)
+    train = job.recipe.train
+    amid = train.eval_every is not None or train.epochs > 1  # and steps come after it
+    return [
+        load_phase(job, reading),
+        *(replace(phase, after=both if amid or phase.phase in AFTER else step) for phase in later),
+    ]
 
 
 def train_phase(job: PlannedJob, reading: Reading, teacher: int = 0) -> PhaseBytes:

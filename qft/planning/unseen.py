@@ -119,6 +119,7 @@ def work_of(job: PlannedJob, step: StepWork | None, ran: RowShapes | None = None
     run = shapes_of_run(job) if ran is None else ran
     kernels = step.linear * run.count / metered.count
     kernels += step.attention * run.tiles / metered.fake_tiles if metered.lengths else 0
+    kernels += 0 if ran is not None else step.evaluated
     return Work(half, step, round(kernels), _unread_bytes(job))
 
 
