@@ -25,7 +25,7 @@ from torch import nn
 
 from qft import hardware
 from qft.budget import STATE_BYTES
-from qft.heap import trim_heap
+from qft.lean.heap import trim_heap
 from qft.lean.meter import Meter
 from qft.out_of_memory import OverBudgetError
 from qft.phase_peaks import PhasePeaks

@@ -23,7 +23,7 @@ from torch import nn
 from qft import hardware, quantization
 from qft.errors import ModelError, RecipeError, first_line
 from qft.files import file_hash
-from qft.heap import large_blocks_mapped
+from qft.lean.heap import large_blocks_mapped
 from qft.lean.model_parts import head_names
 from qft.model_dropout import set_dropout
 from qft.pooling import install_pooling, resolve_pooling

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from qft.errors import first_line
-from qft.heap import trim_heap
+from qft.lean.heap import trim_heap
 from qft.progress import human_bytes
 
 Made = TypeVar("Made")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qft import hardware
-from qft.heap import trim_heap
+from qft.lean.heap import trim_heap
 
 
 class PhasePeaks:

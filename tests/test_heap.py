@@ -8,14 +8,15 @@ import sys
 
 import pytest
 
-from qft import heap
+from qft.lean import heap
 
 GLIBC = hasattr(ctypes.CDLL(None), "mallopt")
 
 # large blocks come and go, of each a small part stays: as while a model is quantized
 HOLES = """
 import contextlib, sys, torch
-from qft import hardware, heap
+from qft import hardware
+from qft.lean import heap
 inside = heap.large_blocks_mapped() if sys.argv[1] == "mapped" else contextlib.nullcontext()
 warm = [torch.ones(1 << 20) for _ in range(8)]
 del warm

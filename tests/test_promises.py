@@ -22,7 +22,7 @@ README = REPOSITORY / "README.md"
 
 # A file may import only what stands above it; late imports count, TYPE_CHECKING ones do not.
 _PLACES = """
-    errors scripts files progress quiet_libraries hardware heap
+    errors scripts files progress quiet_libraries hardware lean.heap
     report.escaping report.numbers report.drawing report.bars report.lines report.story
     report.figures report.markup report.heading report.outcome report.particulars report.style
     report.page report.command

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from qft.heap import trim_heap
+from qft.lean.heap import trim_heap
 
 _DEPTH = 3  # a weight's quantization state has a state of its own, and no deeper
 
