@@ -309,6 +309,7 @@ def test_a_step_that_does_not_fit_is_freed(monkeypatch: pytest.MonkeyPatch):
     assert not soon.fit(32), "twice the length takes more than twice the time"
 
 
+@pytest.mark.slow
 def test_the_largest_context_by_the_meter(tmp_path: Path):
     case = largest_context.case_of("tiny", "leanest", "none")
     found = largest_context.predict(case, (1024, 2048))

@@ -230,8 +230,8 @@ def rows_for(kind: str) -> tuple[str, list[dict[str, Any]]]:
     [
         ("span", {"exact_match", "f1"}),
         ("tags", {"entity_f1", "entity_precision", "entity_recall", "accuracy"}),
-        ("many", {"micro_f1", "macro_f1", "accuracy"}),
-        ("number", {"rmse", "pearson", "spearman"}),
+        pytest.param("many", {"micro_f1", "macro_f1", "accuracy"}, marks=pytest.mark.slow),
+        pytest.param("number", {"rmse", "pearson", "spearman"}, marks=pytest.mark.slow),
     ],
 )
 def test_each_head_trains_and_answers_the_same_in_a_fresh_process(

@@ -61,7 +61,16 @@ def test_the_whole_chain_and_what_it_leaves(
     assert json.loads(record)["distillation"]["teacher"] == tiny_llama.name
 
 
-@pytest.mark.parametrize("step", ["_prune", "_worth", "train", "merge", "export"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "_prune",
+        pytest.param("_worth", marks=pytest.mark.slow),
+        "train",
+        pytest.param("merge", marks=pytest.mark.slow),
+        "export",
+    ],
+)
 def test_a_chain_goes_on_where_it_stopped(
     step: str,
     tmp_path: Path,

@@ -57,6 +57,7 @@ def test_plain_and_qft_do_the_same_work_to_the_same_loss(finished):
     json.dumps(rows)
 
 
+@pytest.mark.slow
 def test_a_side_that_dies_gives_one_clear_error(job):
     values, folder = job
     broken = {**values, "tokens": str(folder / "nowhere.jsonl")}

@@ -74,9 +74,9 @@ FAST = [
     ("qwen", {"checkpointing": "none", "strategy": {"name": "prefix", "length": 3}}),
     ("qwen", {"strategy": {"name": "full"}}),
     ("qwen", {"checkpointing": "none", "strategy": {"name": "layers", "last": 1}}),
-    ("gemma", {"checkpointing": "none"}),
     ("bert", {"device": "cpu"}),
-    ("t5", {"checkpointing": "none"}),
+    pytest.param("gemma", {"checkpointing": "none"}, marks=pytest.mark.slow),
+    pytest.param("t5", {"checkpointing": "none"}, marks=pytest.mark.slow),
 ]
 
 

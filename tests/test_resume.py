@@ -24,7 +24,7 @@ POINTS = [
     ("save", 24), ("eval", 1), ("eval", 5), ("eval", 8), ("eval", 9), ("step", 1), ("step", 8),
     ("step", 14), ("step", 17),
 ]  # fmt: skip
-QUICK = 4
+QUICK = 3
 
 
 def recipe_values(assets: Path, folder: Path, name: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def largest_difference(found: dict[str, Tensor], wanted: dict[str, Tensor], kind
     return max(float((found[n] - wanted[n]).norm() / wanted[n].norm()) for n in names)
 
 
-@pytest.mark.parametrize("strategy", ["lora", "head"])
+@pytest.mark.parametrize("strategy", ["lora", pytest.param("head", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(strategy: str, tmp_path: Path, tiny_llama: Path, tiny_bert: Path):
     job = {
         "base": str(tiny_llama if strategy == "lora" else tiny_bert),

@@ -214,6 +214,7 @@ def test_all_of_it_kept_exactly_is_the_live_teacher(
         assert distance(grads, same) < 2e-6
 
 
+@pytest.mark.slow
 def test_fewer_tokens_and_float16_are_near(model: Any, tmp_path: Path) -> None:
     values = recipe_values(tmp_path, model)
     live = opened({**values, "strategy": {**values["strategy"], "cache": "off"}})
@@ -226,6 +227,7 @@ def test_fewer_tokens_and_float16_are_near(model: Any, tmp_path: Path) -> None:
     assert apart[260] < apart[32] < apart[4]
 
 
+@pytest.mark.slow
 def test_draws_come_near_in_the_mean(model: Any, tmp_path: Path) -> None:
     values = recipe_values(tmp_path, model)
     values["strategy"] |= {"weight": 1.0}
