@@ -12,6 +12,7 @@ from qft.planning.calibration import Calibration, Expected
 from qft.planning.depth import step_reading
 from qft.planning.job import PlannedJob
 from qft.planning.phases import phases_of
+from qft.planning.solver import Forecast as PeakOf
 from qft.planning.speed import Speed, speed_of
 from qft.planning.unseen import expected, with_unseen
 
@@ -71,6 +72,15 @@ def forecast(job: PlannedJob, calibration: Calibration) -> Forecast:
             fullest = found, phase.phase
     assert fullest is not None
     return Forecast(job, reading, tuple(phases), *fullest)
+
+
+def safe_peak(calibration: Calibration) -> PeakOf:
+    """A job's peak at the upper end of its error bar: what fits by it fits."""
+
+    def peak(job: PlannedJob) -> int:
+        return forecast(job, calibration).peak.high
+
+    return peak
 
 
 def speed(made: Forecast, calibration: Calibration) -> Speed | None:

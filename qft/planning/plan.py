@@ -12,7 +12,7 @@ from qft.errors import WillNotFitError
 from qft.files import free_disk_bytes
 from qft.planning.afterwards import merge_and_export
 from qft.planning.calibration import Calibration, Kind
-from qft.planning.forecast import Forecast, as_dict, forecast, speed, train_phase
+from qft.planning.forecast import Forecast, as_dict, forecast, safe_peak, speed, train_phase
 from qft.planning.job import PlannedJob
 from qft.planning.maximize import maximize as find_largest
 from qft.planning.maximize import smaller_that_fits
@@ -87,20 +87,6 @@ def plan(
             result["largest"] = asdict(find_largest(job, limit, safe_peak(store), maximize, True))
         result["notes"] = [*notes, *store.notes]
     return result
-
-
-def safe_peak(calibration: Calibration) -> Any:
-    """A job's peak at the upper end of its error bar: what fits by it fits."""
-
-    def peak(job: PlannedJob) -> int:
-        return forecast(job, calibration).peak.high
-
-    return peak
-
-
-def suggestions(job: PlannedJob, budget_bytes: int, calibration: Calibration) -> tuple[str, ...]:
-    """Up to three ways to make a job fit, in words for the command line."""
-    return solve(job, budget_bytes, safe_peak(calibration)).cheapest_changes
 
 
 def _probed(job: PlannedJob, store: Calibration) -> dict[str, Any]:

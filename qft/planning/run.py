@@ -13,7 +13,7 @@ from qft.inputs import Inputs
 from qft.lean.checkpointing import checkpointed_layers
 from qft.planning.calibration import Calibration, Kind
 from qft.planning.depth import forget
-from qft.planning.forecast import Forecast, forecast, speed, train_phase
+from qft.planning.forecast import Forecast, forecast, safe_peak, speed, train_phase
 from qft.planning.job import PlannedJob
 from qft.planning.loading import opened
 from qft.planning.solver import solve
@@ -103,12 +103,9 @@ class RunPlan:
         if budget is None:
             return ()
         try:
-            return solve(self._job, budget, self._peak).cheapest_changes
+            return solve(self._job, budget, safe_peak(self.calibration)).cheapest_changes
         except (QftError, RuntimeError, NotImplementedError, TypeError):
             return ()  # an error is at hand already, and this is but its advice
-
-    def _peak(self, job: PlannedJob) -> int:
-        return forecast(job, self.calibration).peak.high
 
     def as_dict(self) -> dict[str, Any]:
         """For `run.json`."""
