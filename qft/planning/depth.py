@@ -56,7 +56,7 @@ def forget() -> None:
     _readings.clear()
 
 
-class _Kept(Generic[Value]):
+class Kept(Generic[Value]):
     """The values that were asked for last."""
 
     def __init__(self, most: int) -> None:
@@ -64,22 +64,25 @@ class _Kept(Generic[Value]):
         self._values: OrderedDict[Hashable, Value] = OrderedDict()
 
     def find(self, key: Hashable) -> Value | None:
+        """What is kept of this question, if it is."""
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
 
     def keep(self, key: Hashable, value: Value) -> None:
+        """The one that was asked for longest ago makes room."""
         self._values[key] = value
         self._values.move_to_end(key)
         while len(self._values) > self._most:
             self._values.popitem(last=False)
 
     def clear(self) -> None:
+        """All of it is forgotten."""
         self._values.clear()
 
 
-_trainings: _Kept[ShortTraining] = _Kept(KEPT_TRAININGS)
-_readings: _Kept[Reading] = _Kept(KEPT_READINGS)
+_trainings: Kept[ShortTraining] = Kept(KEPT_TRAININGS)
+_readings: Kept[Reading] = Kept(KEPT_READINGS)
 
 
 def _model_key(job: PlannedJob) -> Hashable:

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from qft.data.packing import Row
-from qft.data.tasks import Example
+from qft.data.tasks import Example, ExampleSet
 from qft.lean.attention import TILE
 from qft.lean.model_parts import is_encoder_decoder
 from qft.micro_batch import MicroBatch
+from qft.planning.depth import Kept
 from qft.planning.job import PlannedJob
 from qft.step import Layout, target_width, width_of
 from qft.trainer import StepBatches
@@ -49,9 +50,20 @@ class RowShapes:
         return len({tile for tiles in found for tile in (max(tiles, key=math.prod), tiles[-1])})
 
 
+_runs: Kept[tuple[ExampleSet, RowShapes]] = Kept(64)  # each phase of each plan asks
+
+
 def shapes_of_run(job: PlannedJob) -> RowShapes:
     """Of all steps of a training."""
-    return _shapes_of(job, steps_of(job))
+    rows, train = job.inputs.train, job.recipe.train
+    order = (train.batch_size, train.seed, train.epochs, train.max_steps)
+    layout = (train.packing and train.max_length, train.group_by_length, job.flat)
+    key = (id(rows), order, layout, job.micro_batch)
+    known = _runs.find(key)
+    if known is None or known[0] is not rows:
+        known = rows, _shapes_of(job, steps_of(job))
+        _runs.keep(key, known)
+    return known[1]
 
 
 def shapes_of_step(job: PlannedJob) -> RowShapes:
